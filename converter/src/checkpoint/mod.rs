@@ -1,0 +1,387 @@
+//! A checkpoint on disk, in any of the three forms that are read.
+
+mod folder;
+mod side_files;
+mod verify;
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io::Read;
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use crate::DType;
+use crate::array::{HostArray, transpose_rows};
+use crate::config::ModelConfig;
+use crate::dtype::{Overflow, cast, narrow};
+use crate::error::{Error, Result};
+use crate::gguf::GgufFile;
+use crate::layout::{Layout, Llama, Param};
+use crate::pool;
+use crate::shard::{Mapped, Stored};
+use folder::Folder;
+use verify::{Found, LM_HEAD, verify};
+
+/// `format` in the metadata of a per-head file, with its version.
+pub(crate) const FORMAT: [(&str, &str); 2] = [("format", "xllama-per-head"), ("version", "1")];
+
+/// Source bytes that are read, converted and moved at a time.
+const PIECE: usize = 1 << 20;
+
+/// Called with the bytes done and the bytes in all, from several threads.
+pub type Progress<'a> = &'a (dyn Fn(u64, u64) + Sync);
+
+/// What a checkpoint is on disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// A folder with `config.json` and `model.safetensors` (or several files and an index).
+    HuggingFace,
+    /// A folder written by [`convert`](crate::convert).
+    PerHead,
+    /// A `.gguf` file.
+    Gguf,
+}
+
+/// The two ways to name and lay out a parameter.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Form {
+    HuggingFace,
+    PerHead,
+}
+
+impl Form {
+    pub(crate) fn name(self, param: &Param) -> &str {
+        match self {
+            Form::HuggingFace => &param.hf_name,
+            Form::PerHead => &param.name,
+        }
+    }
+
+    pub(crate) fn shape(self, param: &Param) -> &[usize] {
+        match self {
+            Form::HuggingFace => &param.hf_shape,
+            Form::PerHead => &param.shape,
+        }
+    }
+
+    /// The file name of the weights, without extension.
+    pub(crate) fn stem(self) -> &'static str {
+        match self {
+            Form::HuggingFace => "model",
+            Form::PerHead => "params",
+        }
+    }
+}
+
+/// An open checkpoint: its configuration, and parameters that have all been found with the right shapes. Tensors stay
+/// on disk until they are read; several threads may read at once.
+#[derive(Debug)]
+pub struct Checkpoint {
+    path: PathBuf,
+    kind: Kind,
+    config: ModelConfig,
+    params: Llama<Param>,
+    notes: Vec<String>,
+    source: Source,
+}
+
+#[derive(Debug)]
+enum Source {
+    Folder(Folder),
+    Gguf(GgufFile),
+}
+
+impl Checkpoint {
+    /// Opens a Hugging Face folder, a per-head folder, or a GGUF file, reading headers only.
+    ///
+    /// # Errors
+    /// Whatever is wrong with the path, its configuration, its files, or its tensors: every tensor must be a parameter
+    /// and every parameter a tensor of the expected shape. Passed over are only `rotary_emb.inv_freq`, and an output
+    /// head that equals the embedding where the two are tied; [`Checkpoint::notes`] then says so.
+    pub fn open(path: &Path) -> Result<Checkpoint> {
+        let status = fs::metadata(path).map_err(Error::io(path, "opening"))?;
+        if !status.is_dir() {
+            return Checkpoint::open_gguf(path);
+        }
+        let (kind, form) = match Folder::has(path, Form::PerHead.stem()) {
+            true => (Kind::PerHead, Form::PerHead),
+            false => (Kind::HuggingFace, Form::HuggingFace),
+        };
+        if kind == Kind::HuggingFace {
+            check_is_hugging_face(path)?;
+        }
+        let config_path = path.join("config.json");
+        let text = fs::read(&config_path).map_err(Error::io(&config_path, "reading"))?;
+        let text = String::from_utf8(text).map_err(|_| Error::format(&config_path, "not UTF-8 text"))?;
+        let config = ModelConfig::from_json(&text, &config_path)?;
+        let folder = Folder::open(path, form.stem())?;
+        if kind == Kind::PerHead {
+            for shard in &folder.shards {
+                if let Some((key, value)) =
+                    FORMAT.into_iter().find(|&(k, v)| shard.metadata.get(k).is_none_or(|x| x != v))
+                {
+                    let found = shard.metadata.get(key).map_or("nothing".to_string(), |x| format!("{x:?}"));
+                    let what = format!(
+                        "expected {key} {value:?} in the metadata of a per-head file, found {found}; convert the model again"
+                    );
+                    return Err(Error::format(&shard.path, what));
+                }
+            }
+        }
+        let found = folder.tensors().map(|(shard, stored)| {
+            let dtype = float_type(stored.dtype).ok_or_else(|| format!("{:?}", stored.dtype));
+            (stored.name.as_str(), Found { file: &shard.path, shape: &stored.shape, dtype })
+        });
+        let (params, notes) = verify(&config, found.collect(), form, path)?;
+        check_tied_head(&folder, &config)?;
+        Ok(Checkpoint { path: path.to_path_buf(), kind, config, params, notes, source: Source::Folder(folder) })
+    }
+
+    fn open_gguf(path: &Path) -> Result<Checkpoint> {
+        let mut magic = Vec::new();
+        let file = File::open(path).map_err(Error::io(path, "opening"))?;
+        file.take(4).read_to_end(&mut magic).map_err(Error::io(path, "reading"))?;
+        if magic != b"GGUF" {
+            let what = "expected a folder with config.json and model.safetensors, or a GGUF file; for a safetensors file, give its folder";
+            return Err(Error::format(path, what));
+        }
+        let file = GgufFile::open(path)?;
+        let config = ModelConfig::from_value(&file.hf_config()?, path)?;
+        let found: BTreeMap<&str, Found<'_>> = file
+            .tensors()
+            .iter()
+            .map(|tensor| {
+                let own = if file.is_quantized() { Some(DType::BF16) } else { DType::parse(tensor.kind().name()) };
+                let dtype = own.ok_or_else(|| tensor.kind().name().to_string());
+                (tensor.hf_name(), Found { file: path, shape: tensor.shape(), dtype })
+            })
+            .collect();
+        let (params, notes) = verify(&config, found, Form::HuggingFace, path)?;
+        Ok(Checkpoint { path: path.to_path_buf(), kind: Kind::Gguf, config, params, notes, source: Source::Gguf(file) })
+    }
+
+    /// Where it was opened.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// What it is on disk.
+    pub fn kind(&self) -> Kind {
+        self.kind
+    }
+
+    /// Its configuration.
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// Its parameters. Their type is the stored tensor's own, bfloat16 for every tensor of a quantized GGUF file.
+    pub fn params(&self) -> &Llama<Param> {
+        &self.params
+    }
+
+    /// A sentence for each kind of tensor that was passed over.
+    pub fn notes(&self) -> &[String] {
+        &self.notes
+    }
+
+    pub(crate) fn form(&self) -> Form {
+        if self.kind == Kind::PerHead { Form::PerHead } else { Form::HuggingFace }
+    }
+
+    /// Reads one parameter in per-head layout, converted to `dtype` (rounded to nearest even).
+    ///
+    /// # Errors
+    /// [`Error::Io`]; [`Error::Tensor`] for a parameter of another model, a value too large for `dtype`, or one that there
+    /// is not enough memory for.
+    pub fn read(&self, param: &Param, dtype: DType) -> Result<HostArray> {
+        self.read_as(param, dtype, Form::PerHead, &AtomicBool::new(false))
+    }
+
+    /// Reads all parameters on `threads` threads (0: one per core, up to 8), each in `dtype` or, without one, in its own.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::read`]; [`Error::Cancelled`] once `cancel` is set.
+    pub fn read_all(
+        &self,
+        dtype: Option<DType>,
+        threads: usize,
+        progress: Progress<'_>,
+        cancel: &AtomicBool,
+    ) -> Result<Llama<HostArray>> {
+        let params = self.params.iter();
+        let target = |param: &Param| dtype.unwrap_or(param.dtype);
+        let total = params.iter().map(|p| (p.elements() * target(p).size()) as u64).sum();
+        let done = AtomicU64::new(0);
+        let slots: Vec<OnceLock<HostArray>> = params.iter().map(|_| OnceLock::new()).collect();
+        pool::for_each(threads, params.len(), cancel, |i| {
+            let array = self.read_as(params[i], target(params[i]), Form::PerHead, cancel)?;
+            let bytes = array.as_bytes().len() as u64;
+            progress(done.fetch_add(bytes, Ordering::Relaxed) + bytes, total);
+            slots[i].set(array).expect("each job runs once");
+            Ok(())
+        })?;
+        let arrays = slots.into_iter().map(|slot| slot.into_inner().expect("every job ran"));
+        Ok(self.params.from_leaves(arrays).expect("one array per parameter"))
+    }
+
+    /// A view of a parameter in the file, in per-head layout and its own type, without reading it. `None` where the
+    /// file has another layout or does not align the tensor to 64 bytes.
+    ///
+    /// The file must not be truncated while the view is in use.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if the file cannot be mapped; [`Error::Tensor`] for a parameter of another model.
+    pub fn mapped(&self, param: &Param) -> Result<Option<Mapped>> {
+        match &self.source {
+            Source::Folder(folder) if self.kind == Kind::PerHead || param.layout == Layout::Same => {
+                let (shard, stored) = folder.get(self.form().name(param)).ok_or_else(|| self.unknown(param))?;
+                shard.mapped(&stored.range)
+            }
+            _ => Ok(None),
+        }
+    }
+
+    /// Reads one parameter in either form, in pieces, so that memory beyond the result stays small.
+    pub(crate) fn read_as(&self, param: &Param, dtype: DType, form: Form, cancel: &AtomicBool) -> Result<HostArray> {
+        let transposed = form != self.form() && param.layout == Layout::Transposed;
+        let (rows, columns) = self.matrix(param);
+        let mut array = HostArray::zeros(dtype, form.shape(param)).map_err(|e| {
+            Error::tensor(&self.path, &param.name, format!("no memory for {:?} of {dtype}: {e}", form.shape(param)))
+        })?;
+        let (width, step) = (columns * dtype.size(), rows_at_a_time(columns, dtype));
+        let mut reader = Rows { checkpoint: self, param, columns, dtype, scratch: Vec::new(), floats: Vec::new() };
+        let mut piece = vec![0; if transposed { step.min(rows) * width } else { 0 }];
+        for first in (0..rows).step_by(step) {
+            pool::check(cancel)?;
+            let count = step.min(rows - first);
+            if transposed {
+                let piece = &mut piece[..count * width];
+                reader.read(first, count, piece)?;
+                transpose_rows(piece, columns, first, array.as_bytes_mut(), rows, dtype.size());
+            } else {
+                reader.read(first, count, &mut array.as_bytes_mut()[first * width..(first + count) * width])?;
+            }
+        }
+        Ok(array)
+    }
+
+    /// Bytes of memory that [`Checkpoint::read_as`] takes at most, the result included.
+    pub(crate) fn memory_to_read(&self, param: &Param, dtype: DType) -> u64 {
+        let (rows, columns) = self.matrix(param);
+        let piece = rows_at_a_time(columns, dtype).min(rows) * columns;
+        // a piece in its place's type, and before that as it is stored
+        (param.elements() * dtype.size() + piece * (dtype.size() + DType::F64.size())) as u64
+    }
+
+    /// The stored tensor as a matrix: (rows, columns).
+    fn matrix(&self, param: &Param) -> (usize, usize) {
+        let (rows, columns) = (param.hf_shape[0], param.hf_shape[1..].iter().product());
+        if self.kind == Kind::PerHead && param.layout == Layout::Transposed { (columns, rows) } else { (rows, columns) }
+    }
+
+    fn unknown(&self, param: &Param) -> Error {
+        Error::tensor(&self.path, &param.name, "not a parameter of this checkpoint")
+    }
+}
+
+/// Reads rows of one stored tensor as elements of `dtype`.
+struct Rows<'a> {
+    checkpoint: &'a Checkpoint,
+    param: &'a Param,
+    columns: usize,
+    dtype: DType,
+    /// Stored bytes of a piece that is converted.
+    scratch: Vec<u8>,
+    /// Dequantized values of a piece.
+    floats: Vec<f32>,
+}
+
+impl Rows<'_> {
+    fn read(&mut self, first: usize, count: usize, out: &mut [u8]) -> Result<()> {
+        let checkpoint = self.checkpoint;
+        let name = checkpoint.form().name(self.param);
+        let elements = count * self.columns;
+        let (file, narrowed) = match &checkpoint.source {
+            Source::Folder(folder) => {
+                let (shard, Stored { dtype, range, .. }) =
+                    folder.get(name).ok_or_else(|| checkpoint.unknown(self.param))?;
+                let from = float_type(*dtype).ok_or_else(|| checkpoint.unknown(self.param))?;
+                let offset = range.start + (first * self.columns * from.size()) as u64;
+                if from == self.dtype {
+                    return shard.read_at(out, offset);
+                }
+                self.scratch.resize(elements * from.size(), 0);
+                shard.read_at(&mut self.scratch, offset)?;
+                (shard.path.as_path(), cast(&self.scratch, from, out, self.dtype))
+            }
+            Source::Gguf(gguf) => {
+                self.floats.resize(elements, 0.0);
+                gguf.read_rows(name, first..first + count, &mut self.floats)?;
+                (gguf.path(), narrow(&self.floats, out, self.dtype))
+            }
+        };
+        narrowed.map_err(|Overflow { value }| {
+            let what = format!("the value {value} is too large for {}; choose bf16 or f32", self.dtype.torch_name());
+            Error::tensor(file, name, what)
+        })
+    }
+}
+
+/// Rows of a piece: a multiple of the transpose's tile, so that it writes whole cache lines.
+fn rows_at_a_time(columns: usize, dtype: DType) -> usize {
+    (PIECE / (columns * dtype.size())).next_multiple_of(32).max(32)
+}
+
+/// The float type of a safetensors type, if it is one of ours.
+fn float_type(dtype: safetensors::Dtype) -> Option<DType> {
+    match dtype {
+        safetensors::Dtype::F16 => Some(DType::F16),
+        safetensors::Dtype::BF16 => Some(DType::BF16),
+        safetensors::Dtype::F32 => Some(DType::F32),
+        safetensors::Dtype::F64 => Some(DType::F64),
+        _ => None,
+    }
+}
+
+/// Refuses folders that are something else, with what to do about it.
+fn check_is_hugging_face(path: &Path) -> Result<()> {
+    let has = |name: &str| path.join(name).exists();
+    let what = if has("adapter_config.json") {
+        "an adapter (adapter_config.json), not a whole model; merge it into its base model first"
+    } else if Folder::has(path, Form::HuggingFace.stem()) {
+        return Ok(());
+    } else if has("pytorch_model.bin") || has("pytorch_model.bin.index.json") {
+        "has only pytorch_model.bin; save the model as safetensors first (transformers: save_pretrained)"
+    } else if has("consolidated.00.pth") {
+        "has weights in Meta's own form; convert them to a Hugging Face folder with safetensors first"
+    } else {
+        "expected model.safetensors, model.safetensors.index.json or params.safetensors in this folder, found none of them"
+    };
+    Err(Error::format(path, what))
+}
+
+/// A head that is stored although it is tied must be the embedding, or the configuration is wrong.
+fn check_tied_head(folder: &Folder, config: &ModelConfig) -> Result<()> {
+    let (true, Some((head_file, head))) = (config.tie_word_embeddings, folder.get(LM_HEAD)) else { return Ok(()) };
+    let Some((file, embedding)) = folder.get("model.embed_tokens.weight") else { return Ok(()) };
+    let differs = || {
+        let what = "tie_word_embeddings is true, but it differs from model.embed_tokens.weight; if the head is meant to be used, set tie_word_embeddings to false in config.json";
+        Err(Error::tensor(&head_file.path, LM_HEAD, what))
+    };
+    if head.dtype != embedding.dtype {
+        return differs();
+    }
+    let (mut a, mut b) = (vec![0; PIECE], vec![0; PIECE]);
+    let len = head.range.end - head.range.start;
+    for offset in (0..len).step_by(PIECE) {
+        let count = (len - offset).min(PIECE as u64) as usize;
+        head_file.read_at(&mut a[..count], head.range.start + offset)?;
+        file.read_at(&mut b[..count], embedding.range.start + offset)?;
+        if a[..count] != b[..count] {
+            return differs();
+        }
+    }
+    Ok(())
+}

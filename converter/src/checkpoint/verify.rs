@@ -1,0 +1,86 @@
+//! Every tensor against every parameter: names, shapes, types.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use super::Form;
+use crate::DType;
+use crate::config::ModelConfig;
+use crate::error::{Error, Result};
+use crate::layout::{Llama, Param};
+
+/// What a checkpoint holds under one name.
+pub(super) struct Found<'a> {
+    pub(super) file: &'a Path,
+    pub(super) shape: &'a [usize],
+    /// The type that its parameter gets, or the name of a type that is not supported.
+    pub(super) dtype: Result<DType, String>,
+}
+
+/// The declared parameters with the types they are stored in, and a sentence for each kind of tensor passed over.
+///
+/// # Errors
+/// [`Error::Mismatch`] for parameters without tensor and tensors without parameter, [`Error::Tensor`] for the first
+/// tensor of the wrong shape or type.
+pub(super) fn verify(
+    cfg: &ModelConfig,
+    mut found: BTreeMap<&str, Found<'_>>,
+    form: Form,
+    path: &Path,
+) -> Result<(Llama<Param>, Vec<String>)> {
+    let mut missing = Vec::new();
+    let mut wrong: Vec<Error> = Vec::new();
+    let params = Llama::declare(cfg).map(&mut |mut param: Param| {
+        let (name, shape) = (form.name(&param), form.shape(&param));
+        match found.remove(name) {
+            None => missing.push(format!("{name} {shape:?}")),
+            Some(Found { file, shape: there, .. }) if there != shape => {
+                let what =
+                    format!("expected shape {shape:?} from config.json ({}), found {there:?}", param.arithmetic(cfg));
+                wrong.push(Error::tensor(file, name, what));
+            }
+            Some(Found { file, dtype: Err(name_there), .. }) => {
+                let what = format!("its type {name_there} is not supported; supported: F16, BF16, F32, F64");
+                wrong.push(Error::tensor(file, name, what));
+            }
+            Some(Found { dtype: Ok(dtype), .. }) => param.dtype = dtype,
+        }
+        param
+    });
+
+    let mut notes = Vec::new();
+    let all = found.len();
+    found.retain(|name, _| !name.ends_with(".rotary_emb.inv_freq"));
+    if found.len() < all {
+        notes.push(format!(
+            "{} rotary_emb.inv_freq tensors are not used: they follow from config.json",
+            all - found.len()
+        ));
+    }
+    if cfg.tie_word_embeddings
+        && form == Form::HuggingFace
+        && let Some(head) = found.remove(LM_HEAD)
+    {
+        let expected = &params.embedding.hf_shape;
+        if head.shape != expected {
+            let what = format!(
+                "tie_word_embeddings is true, so it must have the embedding's shape {expected:?}, found {:?}",
+                head.shape
+            );
+            return Err(Error::tensor(head.file, LM_HEAD, what));
+        }
+        notes.push(format!("{LM_HEAD} is not used: tie_word_embeddings is true, and it equals the embedding"));
+    }
+
+    let unexpected: Vec<String> = found.into_iter().map(|(name, found)| format!("{name} {:?}", found.shape)).collect();
+    if !missing.is_empty() || !unexpected.is_empty() {
+        return Err(Error::Mismatch { path: path.to_path_buf(), missing, unexpected });
+    }
+    match wrong.into_iter().next() {
+        Some(error) => Err(error),
+        None => Ok((params, notes)),
+    }
+}
+
+/// The output head's name in a Hugging Face checkpoint.
+pub(super) const LM_HEAD: &str = "lm_head.weight";

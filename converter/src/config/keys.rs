@@ -1,0 +1,107 @@
+//! Keys of `config.json` that need no reading: those without effect on inference, and those with one supported value.
+
+use serde_json::Value;
+
+/// Keys whose value changes nothing in a forward pass: bookkeeping, training, and defaults of generation.
+const HARMLESS: &[&str] = &[
+    // bookkeeping
+    "attn_implementation",
+    "finetuning_task",
+    "id2label",
+    "is_llama_config",
+    "keys_to_ignore_at_inference",
+    "label2id",
+    "max_sequence_length",
+    "model_max_length",
+    "name_or_path",
+    "prefix",
+    "problem_type",
+    "sep_token_id",
+    "decoder_start_token_id",
+    "task_specific_params",
+    "tokenizer_class",
+    "transformers.js_config",
+    "transformers_version",
+    "unk_token_id",
+    "unsloth_fixed",
+    "unsloth_version",
+    // output options, caching, and splits of the same sums
+    "chunk_size_feed_forward",
+    "cross_attention_hidden_size",
+    "is_decoder",
+    "output_attentions",
+    "output_hidden_states",
+    "pretraining_tp",
+    "return_dict",
+    "return_dict_in_generate",
+    "tf_legacy_loss",
+    "tie_encoder_decoder",
+    "torchscript",
+    "use_bfloat16",
+    "use_cache",
+    "use_flash_attn",
+    // training
+    "attention_dropout",
+    "embd_pdrop",
+    "gradient_checkpointing",
+    "hidden_dropout",
+    "initializer_range",
+    "loss_type",
+    "neftune_noise_alpha",
+    "resid_pdrop",
+    // defaults of generation, which transformers 4 wrote here
+    "bad_words_ids",
+    "begin_suppress_tokens",
+    "diversity_penalty",
+    "do_sample",
+    "early_stopping",
+    "encoder_no_repeat_ngram_size",
+    "exponential_decay_length_penalty",
+    "forced_bos_token_id",
+    "forced_eos_token_id",
+    "length_penalty",
+    "max_length",
+    "max_new_tokens",
+    "min_length",
+    "no_repeat_ngram_size",
+    "num_beam_groups",
+    "num_beams",
+    "num_return_sequences",
+    "output_scores",
+    "remove_invalid_values",
+    "repetition_penalty",
+    "suppress_tokens",
+    "temperature",
+    "top_k",
+    "top_p",
+    "typical_p",
+];
+
+/// The only supported value of a key that changes the result, as messages print it; null is supported for all.
+pub(super) fn required_value(key: &str) -> Option<&'static str> {
+    Some(match key {
+        "add_cross_attention" | "is_encoder_decoder" | "rope_interleaved" | "use_sliding_window" => "false",
+        "layer_types" => "\"full_attention\" for every layer",
+        "partial_rotary_factor" => "1.0",
+        "pruned_heads" => "{}",
+        "auto_map" => "none (the repository brings its own Python code)",
+        "quantization_config" | "compression_config" => "none (dequantize the checkpoint first)",
+        "sliding_window" => "null",
+        _ => return None,
+    })
+}
+
+/// Whether a key can be passed over with this value. Keys that begin with an underscore are transformers' private
+/// bookkeeping.
+pub(super) fn changes_nothing(key: &str, value: &Value) -> bool {
+    match required_value(key) {
+        Some("false") => value == &Value::Bool(false),
+        Some("1.0") => value.as_f64() == Some(1.0),
+        Some("{}") => value.as_object().is_some_and(|o| o.is_empty()),
+        Some(_) if key == "layer_types" => {
+            value.as_array().is_some_and(|layers| layers.iter().all(|kind| kind == "full_attention"))
+        }
+        Some(_) => false,
+        None => key.starts_with('_') || HARMLESS.contains(&key),
+    }
+}

@@ -1,0 +1,70 @@
+//! Rows of a tensor as float32, in Hugging Face's order.
+
+use std::ops::Range;
+
+use super::header::TensorInfo;
+use super::source::Source;
+
+/// Bytes of the file held at a time while decoding.
+const CHUNK_BYTES: usize = 1 << 18;
+
+/// Writes elements `range` of the flat tensor, in the file's order, to `out`, which has that many elements.
+fn read_elements(source: &Source, tensor: &TensorInfo, range: Range<usize>, out: &mut [f32]) -> std::io::Result<()> {
+    let (block_len, block_bytes) = (tensor.kind.block_len(), tensor.kind.block_bytes());
+    let blocks_at_once = (CHUNK_BYTES / block_bytes).max(1);
+    let mut bytes = Vec::new();
+    let mut values = Vec::new();
+    let (mut at, mut out) = (range.start, out);
+    while at < range.end {
+        let first = at / block_len;
+        let last = range.end.div_ceil(block_len).min(first + blocks_at_once);
+        bytes.resize((last - first) * block_bytes, 0);
+        source.read_exact_at(&mut bytes, tensor.start + (first * block_bytes) as u64)?;
+
+        let end = range.end.min(last * block_len);
+        let (now, later) = out.split_at_mut(end - at);
+        if at % block_len == 0 && end % block_len == 0 {
+            tensor.kind.dequantize(&bytes, now);
+        } else {
+            values.resize((last - first) * block_len, 0.0);
+            tensor.kind.dequantize(&bytes, &mut values);
+            let skip = at - first * block_len;
+            now.copy_from_slice(&values[skip..skip + now.len()]);
+        }
+        (at, out) = (end, later);
+    }
+    Ok(())
+}
+
+/// Writes `rows` of `tensor` to `out`. `heads` is given for the query and key projections.
+///
+/// GGUF keeps the rows of each rotary head interleaved: row `2·j + p` of a head of K rows is row `p·K/2 + j` in
+/// Hugging Face's order, where the two halves are rotated against each other.
+pub(super) fn read_rows(
+    source: &Source,
+    tensor: &TensorInfo,
+    heads: Option<usize>,
+    rows: Range<usize>,
+    out: &mut [f32],
+) -> std::io::Result<()> {
+    let width: usize = tensor.shape[1..].iter().product();
+    let Some(heads) = heads else {
+        return read_elements(source, tensor, rows.start * width..rows.end * width, out);
+    };
+    let head_rows = tensor.shape[0] / heads;
+    let mut head = Vec::new();
+    let mut row = rows.start;
+    while row < rows.end {
+        let first = row / head_rows * head_rows;
+        head.resize(head_rows * width, 0.0);
+        read_elements(source, tensor, first * width..(first + head_rows) * width, &mut head)?;
+        while row < rows.end.min(first + head_rows) {
+            let (half, j) = ((row - first) / (head_rows / 2), (row - first) % (head_rows / 2));
+            let from = (2 * j + half) * width;
+            let to = (row - rows.start) * width;
+            out[to..to + width].copy_from_slice(&head[from..from + width]);
+            row += 1;
+        }
+    }
+    Ok(())
+}

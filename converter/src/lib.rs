@@ -1,0 +1,29 @@
+//! Llama-family checkpoints as per-head host arrays.
+//!
+//! [`Checkpoint::open`] reads the headers of a Hugging Face folder, a folder written by [`convert`], or a GGUF file, and
+//! checks every tensor against the tree of parameters that its configuration declares ([`layout`]). Tensors are then
+//! read one by one in per-head form, mapped in place, or streamed to another folder ([`convert`], [`export_hf`]).
+//! This crate knows no PJRT and no graph.
+
+mod array;
+mod checkpoint;
+pub mod config;
+mod convert;
+mod dtype;
+mod error;
+pub mod gguf;
+pub mod layout;
+mod pool;
+mod shard;
+mod staging;
+pub mod tokenizer;
+mod writer;
+
+pub use array::HostArray;
+pub use checkpoint::{Checkpoint, Kind, Progress};
+pub use config::{Activation, ModelConfig, Rope, RopeKind};
+pub use convert::{ConvertOptions, Report, convert, export_hf};
+pub use dtype::DType;
+pub use error::{Error, Result};
+pub use layout::{Attention, DecoderBlock, Layout, Llama, Mlp, Param};
+pub use shard::Mapped;

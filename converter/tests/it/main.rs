@@ -1,0 +1,8 @@
+//! The converter from outside: whole folders in, whole folders out.
+
+mod conversion;
+mod gguf;
+mod layout;
+mod round_trip;
+mod strictness;
+mod support;

@@ -1,0 +1,678 @@
+#!/usr/bin/env python3
+"""Compare xllama's speed with its peers on this machine, in one interleaved run.
+
+    python3 scripts/bench_peers.py [--model DIR] [--peers jax,torch,llama.cpp] [--dtype f32|bf16] [--json]
+
+Every engine reads the same checkpoint (a folder in Hugging Face form; by default SmolLM2, written into the cache by
+`xllama export-hf smollm2-135m`), prefills --prompt-tokens ids and then decodes --gen-tokens more, greedily, batch of 1.
+Each runs as a process that loads and warms up once and then does one repetition on command; the engines take turns
+(in an order that rotates), and all but the one at work are stopped (SIGSTOP). Prefill ends when the first new token is
+known, which needs the last position's logits only; decoding is one step a token. Ratios are medians of the rounds' own
+ratios, since a machine's speed drifts.
+
+Peers are installed on first use, each into a virtual environment in the cache folder (XDG_CACHE_HOME or ~/.cache, then
+xllama/venvs), pinned below: jax 0.7 GB; torch 5.6 GB (shared with make_golden.py); llama.cpp is compiled from the source
+package of llama-cpp-python for this very CPU, which needs a C++ compiler and takes 5 to 30 minutes, once.
+Needs python >= 3.11 with venv and pip, `cargo build --release` before, and an idle machine: on a busy one, engines whose
+threads spin while they wait for each other (torch, llama.cpp) lose far more than the others.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import shutil
+import signal
+import statistics
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+PEERS = {
+    "jax": ("jax", ["jax[cpu]==0.10.2", "numpy==2.4.6", "tokenizers==0.23.3"], []),
+    "torch": (
+        "golden",
+        ["torch==2.15.0", "transformers==5.23.0", "safetensors==0.8.0", "tokenizers==0.23.3", "numpy==2.4.6"],
+        [],
+    ),  # as in make_golden.py, which shares the environment
+    "llama.cpp": (
+        "llama-cpp",
+        ["llama-cpp-python==0.3.36", "gguf==0.19.0", "numpy==2.4.6", "tokenizers==0.23.3"],
+        ["--no-binary", "llama-cpp-python"],
+    ),
+}
+GREEDY_PROMPT, GREEDY_TOKENS = "Once upon a time", 16
+REPOSITORY = Path(__file__).resolve().parent.parent
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "xllama"
+
+
+def parse_arguments():
+    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ap.add_argument("--model", metavar="DIR", help="a checkpoint in Hugging Face form (default: SmolLM2-135M)")
+    ap.add_argument("--peers", default=",".join(PEERS), help="which, comma-separated (default: %(default)s)")
+    ap.add_argument("--dtype", choices=["f32", "bf16"], default="f32", help="of weights and arithmetic")
+    ap.add_argument("--prompt-tokens", type=int, default=512, metavar="N")
+    ap.add_argument("--gen-tokens", type=int, default=64, metavar="N")
+    ap.add_argument("--repeat", type=int, default=7, metavar="N", help="rounds (default: %(default)s)")
+    ap.add_argument("--cores", type=int, metavar="N", help="let every engine use N cores (default: all)")
+    ap.add_argument("--xllama", metavar="BIN", help="the binary (default: target/release/xllama, else on PATH)")
+    ap.add_argument("--without-xllama", action="store_true", help="only the peers")
+    ap.add_argument("--json", action="store_true", help="JSON on standard output, the table on standard error")
+    ap.add_argument("--worker", choices=PEERS, help=argparse.SUPPRESS)
+    args = ap.parse_args()
+    args.peers = [p for p in args.peers.split(",") if p]
+    for peer in args.peers:
+        if peer not in PEERS:
+            ap.error(f"--peers: expected some of {', '.join(PEERS)}, found {peer}")
+    for option in ("prompt_tokens", "gen_tokens", "repeat"):
+        if getattr(args, option) < 1:
+            ap.error(f"--{option.replace('_', '-')} must be at least 1, found {getattr(args, option)}")
+    return args
+
+
+class BenchError(Exception):
+    """Something that the person who runs this can mend."""
+
+
+def say(text):
+    print(text, file=sys.stderr, flush=True)
+
+
+# ----------------------------------------------------------------------------------------------- the engines' processes
+
+
+def environment(peer):
+    """The interpreter of a virtual environment that holds the peer's packages; made on the first call."""
+    import fcntl
+
+    name, pins, options = PEERS[peer]
+    venv = CACHE / "venvs" / f"{name}-{hashlib.sha256(chr(10).join(pins).encode()).hexdigest()[:12]}"
+    venv.parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{venv}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        python, complete = venv / "bin" / "python", venv / "complete"
+        if not complete.exists():
+            say(
+                f"installing {' '.join(pins)} into {venv} (once)"
+                + ("; this compiles C++ and takes many minutes" if options else "")
+            )
+            try:
+                subprocess.run([sys.executable, "-m", "venv", "--clear", venv], check=True, stdout=sys.stderr)
+                subprocess.run(
+                    [python, "-m", "pip", "install", "--disable-pip-version-check", *options, *pins],
+                    check=True,
+                    stdout=sys.stderr,
+                )
+            except subprocess.CalledProcessError as e:
+                raise BenchError(f"could not be installed: {e}") from None
+            complete.touch()
+    return python
+
+
+class Engine:
+    """A process that prints {"ready": true} when loaded, and for each line `run` one JSON object with prefill_tok_s and
+    decode_tok_s. Stopped whenever it is not its turn."""
+
+    def __init__(self, name, command):
+        self.name, self.log = name, CACHE / "bench" / f"{name}.log"
+        with open(self.log, "wb") as log:
+            self.process = subprocess.Popen(
+                [str(c) for c in command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
+            )
+        self.versions = self.read().get("versions")
+        self.process.send_signal(signal.SIGSTOP)
+
+    def read(self):
+        line = self.process.stdout.readline()
+        try:
+            return json.loads(line)
+        except ValueError:
+            self.process.kill()
+            last = self.log.read_text(errors="replace").strip().splitlines()[-3:]
+            raise BenchError(
+                f"{self.name} ended or answered with no JSON ({line.strip()!r}); its log {self.log} ends: "
+                + " | ".join(last)
+            ) from None
+
+    def ask(self, line):
+        self.process.send_signal(signal.SIGCONT)
+        try:
+            self.process.stdin.write(line + "\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            pass  # read() tells why
+        answer = self.read()
+        self.process.send_signal(signal.SIGSTOP)
+        return answer
+
+    def end(self):
+        self.process.send_signal(signal.SIGCONT)
+        self.process.stdin.close()
+        try:
+            self.process.wait(10)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+
+
+def find_xllama(args):
+    target = Path(os.environ.get("CARGO_TARGET_DIR") or REPOSITORY / "target") / "release" / "xllama"
+    binary = args.xllama or (target if target.exists() else shutil.which("xllama"))
+    if not binary:
+        raise BenchError(f"no xllama binary: expected {target} (cargo build --release) or --xllama BIN")
+    return str(binary)
+
+
+def default_model(xllama):
+    folder = CACHE / "bench" / "smollm2-135m-hf"
+    if not (folder / "config.json").exists():
+        say(f"exporting smollm2-135m to {folder}")
+        subprocess.run([xllama, "export-hf", "smollm2-135m", folder], check=True, stdout=sys.stderr)
+    return str(folder)
+
+
+def xllama_greedy(xllama, args):
+    out = subprocess.run(
+        [
+            xllama,
+            "generate",
+            GREEDY_PROMPT,
+            "--model",
+            args.model,
+            "--dtype",
+            args.dtype,
+            "--json",
+            "--temperature",
+            "0",
+            "--max-tokens",
+            str(GREEDY_TOKENS),
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    if out.returncode != 0:
+        raise BenchError(f"xllama generate failed: {out.stderr.strip()}")
+    return json.loads(out.stdout)["tokens"]
+
+
+# ------------------------------------------------------------------------------------------------------ the driver
+
+
+def summary(samples):
+    return {"median": statistics.median(samples), "min": min(samples), "max": max(samples), "samples": samples}
+
+
+def busy_cores():
+    """How many cores others keep busy, seen over a second in which every engine is stopped."""
+
+    def idle():
+        return sum(int(x) / os.sysconf("SC_CLK_TCK") for x in Path("/proc/stat").read_text().split()[4:6])
+
+    begin, before = time.perf_counter(), idle()
+    time.sleep(1.0)
+    return max(0.0, os.cpu_count() - (idle() - before) / (time.perf_counter() - begin))
+
+
+def drive(args):
+    if args.cores:
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.cores])  # the engines inherit it
+    (CACHE / "bench").mkdir(parents=True, exist_ok=True)
+    xllama = None if args.without_xllama else find_xllama(args)
+    if args.model is None:
+        if xllama is None:
+            raise BenchError("--without-xllama needs --model DIR")
+        args.model = default_model(xllama)
+    args.model = os.path.abspath(args.model)
+    common = [
+        "--model",
+        args.model,
+        "--dtype",
+        args.dtype,
+        "--prompt-tokens",
+        args.prompt_tokens,
+        "--gen-tokens",
+        args.gen_tokens,
+    ]
+    commands = {} if xllama is None else {"xllama": [xllama, "bench", *common, "--interactive"]}
+    engines, left_out = [], {}
+    try:
+        for name in [*commands, *args.peers]:
+            try:
+                command = commands.get(name) or [environment(name), __file__, *common, "--worker", name]
+                say(f"loading {name}")
+                engines.append(Engine(name, command))
+            except BenchError as e:
+                if name == "xllama":
+                    raise
+                left_out[name] = str(e)
+                say(f"left out: {name}: {e}")
+        if not engines:
+            raise BenchError("no engine left to measure")
+        greedy = {}
+        if (Path(args.model) / "tokenizer.json").exists():
+            greedy = {
+                e.name: xllama_greedy(xllama, args) if e.name == "xllama" else e.ask("greedy")["tokens"]
+                for e in engines
+            }
+        busy = busy_cores()
+        if busy > 0.2:
+            say(
+                f"warning: other processes keep {busy:.1f} of {os.cpu_count()} cores busy; the figures will not be fair"
+            )
+        samples = {e.name: {"prefill_tok_s": [], "decode_tok_s": []} for e in engines}
+        for e in engines:
+            e.ask("run")  # warm: not counted
+        for i in range(args.repeat):
+            shift = i % len(engines)
+            for e in engines[shift:] + engines[:shift]:
+                answer = e.ask("run")
+                for key, values in samples[e.name].items():
+                    values.append(answer[key])
+            say(
+                f"round {i + 1} of {args.repeat}: "
+                + "  ".join(f"{n} {s['prefill_tok_s'][-1]:.0f}/{s['decode_tok_s'][-1]:.1f}" for n, s in samples.items())
+            )
+    finally:
+        for e in engines:
+            e.end()
+    return report(args, {e.name: e.versions for e in engines}, samples, greedy, left_out, busy)
+
+
+def report(args, versions, samples, greedy, left_out, busy):
+    ratios = {}
+    for peer in samples.keys() - {"xllama"} if "xllama" in samples else ():
+        ratios[peer] = {
+            key: statistics.median(a / b for a, b in zip(ours, samples[peer][key]))
+            for key, ours in samples["xllama"].items()
+        }
+    equal = len(set(map(tuple, greedy.values()))) <= 1
+    cpu = next(
+        (x.split(":")[1].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("model name")),
+        "?",
+    )
+    result = {
+        "model": Path(args.model).name,
+        "dtype": args.dtype,
+        "prompt_tokens": args.prompt_tokens,
+        "gen_tokens": args.gen_tokens,
+        "repeat": args.repeat,
+        "cpu": cpu,
+        "cores": len(os.sched_getaffinity(0)),
+        "busy_cores_before": round(busy, 2),
+        "versions": versions,
+        "left_out": left_out,
+        "results": {n: {key: summary(v) for key, v in s.items()} for n, s in samples.items()},
+        "xllama_over_peer": ratios,
+        "greedy_equal": equal,
+        "greedy_tokens": greedy,
+    }
+    table = sys.stderr if args.json else sys.stdout
+
+    def cell(values):
+        s = summary(values)
+        return f"{s['median']:8.1f} ({s['min']:.1f}–{s['max']:.1f})"
+
+    print(
+        f"{result['model']}, {args.dtype}, batch 1, {cpu}, {result['cores']} cores; tok/s, median (min–max) of {args.repeat} rounds",
+        file=table,
+    )
+    print(
+        f"{'':10} {f'prefill {args.prompt_tokens}':>28} {'ours / it':>10} {f'decode {args.gen_tokens}':>28} {'ours / it':>10}",
+        file=table,
+    )
+    for name, s in samples.items():
+        ratio = {key: f"{ratios[name][key]:.2f}" if name in ratios else "" for key in s}
+        print(
+            f"{name:10} {cell(s['prefill_tok_s']):>28} {ratio['prefill_tok_s']:>10} {cell(s['decode_tok_s']):>28} "
+            f"{ratio['decode_tok_s']:>10}",
+            file=table,
+        )
+    if greedy:
+        print(
+            f"first {GREEDY_TOKENS} greedy tokens after {GREEDY_PROMPT!r}: " + ("equal" if equal else "DIFFERENT"),
+            file=table,
+        )
+        for name, tokens in {} if equal else greedy.items():
+            print(f"    {name:10} {tokens}", file=table)
+    if args.json:
+        print(json.dumps(result))
+    return 0 if equal or args.dtype != "f32" else 1
+
+
+# --------------------------------------------------------------------------- inside a peer's environment: its engine
+
+
+def serve(args):
+    """Answers the driver. An engine is a function (ids, count) -> (prefill seconds, decode seconds, 1 + count tokens)."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # libraries may print what they like
+    config = json.loads((Path(args.model) / "config.json").read_text())
+    engine, versions = {"jax": jax_engine, "torch": torch_engine, "llama.cpp": llama_cpp_engine}[args.worker](
+        args, config
+    )
+    # the same ids everywhere; speed does not depend on which
+    prompt = [(7919 * i + 17) % config["vocab_size"] for i in range(args.prompt_tokens)]
+    engine(prompt, args.gen_tokens)
+
+    def answer(value):
+        print(json.dumps(value), file=answers, flush=True)
+
+    answer({"ready": True, "versions": versions})
+    for line in sys.stdin:
+        if line.strip() == "greedy":
+            from tokenizers import Tokenizer
+
+            ids = Tokenizer.from_file(str(Path(args.model) / "tokenizer.json")).encode(GREEDY_PROMPT).ids
+            answer({"tokens": engine(ids, GREEDY_TOKENS - 1)[2]})
+        else:
+            prefill, decode, _ = engine(prompt, args.gen_tokens)
+            answer({"prefill_tok_s": len(prompt) / prefill, "decode_tok_s": args.gen_tokens / decode})
+
+
+def rope_of(config):
+    """(theta, rope type, its parameters) in either of transformers' spellings."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    return (
+        rope.get("rope_theta") or config.get("rope_theta") or 10000.0,
+        rope.get("rope_type") or rope.get("type") or "default",
+        rope,
+    )
+
+
+def inverse_frequencies(config, k):
+    """Of a head of k channels: rope default, linear and llama3."""
+    import numpy as np
+
+    theta, kind, rope = rope_of(config)
+    f = 1.0 / theta ** (np.arange(0, k, 2, dtype=np.float64) / k)
+    if kind == "default":
+        return f
+    if kind == "linear":
+        return f / rope["factor"]
+    if kind != "llama3":
+        raise BenchError(f"rope type {kind} is not supported here")
+    low, high, turns = (
+        rope["low_freq_factor"],
+        rope["high_freq_factor"],
+        rope["original_max_position_embeddings"] * f / (2 * math.pi),
+    )
+    smooth = np.clip((turns - low) / (high - low), 0.0, 1.0)
+    return (1 - smooth) * f / rope["factor"] + smooth * f
+
+
+def read_weights(folder):
+    """name -> float32 array, from one or many safetensors files."""
+    import numpy as np
+
+    out = {}
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        data = np.memmap(path, np.uint8, "r")
+        (size,) = struct.unpack("<Q", data[:8].tobytes())
+        for name, t in json.loads(data[8 : 8 + size].tobytes()).items():
+            if name == "__metadata__":
+                continue
+            a = data[8 + size + t["data_offsets"][0] : 8 + size + t["data_offsets"][1]]
+            if t["dtype"] == "BF16":
+                a = (a.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+            else:
+                a = a.view({"F32": np.float32, "F16": np.float16}[t["dtype"]]).astype(np.float32)
+            out[name] = a.reshape(t["shape"])
+    return out
+
+
+def sizes(config):
+    h = config["num_attention_heads"]
+    g = config.get("num_key_value_heads") or h
+    return config["num_hidden_layers"], h, g, config.get("head_dim") or config["hidden_size"] // h
+
+
+def jax_engine(args, config):
+    """A jitted Llama as one writes it for speed: weights are device arrays in (in, out) order with q, k, v and gate, up
+    joined so that each is one matrix product; the loop over layers is unrolled; the key/value cache is static and
+    donated; prefill attends within the prompt only and computes the last position's logits; argmax is on the device;
+    decoding feeds each step's token and position arrays straight to the next, so that dispatch runs ahead of the work
+    and nothing comes back to the host before the end."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    layers, h, g, k = sizes(config)
+    dtype = {"f32": jnp.float32, "bf16": jnp.bfloat16}[args.dtype]
+    eps = config.get("rms_norm_eps", 1e-6)
+    act = {"silu": jax.nn.silu, "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True)}[
+        config.get("hidden_act", "silu")
+    ]
+    frequencies = jnp.asarray(inverse_frequencies(config, k), jnp.float32)
+    capacity = args.prompt_tokens + args.gen_tokens
+    w = read_weights(args.model)
+    if any(name.endswith(".bias") for name in w):
+        raise BenchError("a checkpoint with biases is not supported by the jax peer")
+
+    def joined(layer, *names):
+        return jax.device_put(
+            np.concatenate([w[f"model.layers.{layer}.{n}.weight"].T for n in names], axis=1).astype(dtype)
+        )
+
+    def vector(name):
+        return jax.device_put(w[name].astype(dtype))
+
+    params = {
+        "embedding": vector("model.embed_tokens.weight"),
+        "norm": vector("model.norm.weight"),
+        "layers": [
+            {
+                "norm1": vector(f"model.layers.{i}.input_layernorm.weight"),
+                "norm2": vector(f"model.layers.{i}.post_attention_layernorm.weight"),
+                "qkv": joined(i, "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+                "o": joined(i, "self_attn.o_proj"),
+                "gate_up": joined(i, "mlp.gate_proj", "mlp.up_proj"),
+                "down": joined(i, "mlp.down_proj"),
+            }
+            for i in range(layers)
+        ],
+    }
+    params["head"] = jax.device_put(w.get("lm_head.weight", w["model.embed_tokens.weight"]).T.astype(dtype))
+    del w
+
+    def rms_norm(x, weight):
+        x32 = x.astype(jnp.float32)
+        return (x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, -1, keepdims=True) + eps)).astype(dtype) * weight
+
+    def rotate(x, cos, sin):  # (heads, T, k)
+        a, b = jnp.split(x, 2, axis=-1)
+        return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(dtype)
+
+    def forward(params, cache, tokens, start):
+        """tokens (T,) at positions start…; with T > 1 start must be 0. -> (best next token (1,), cache, next start)"""
+        t = tokens.shape[0]
+        positions = start + jnp.arange(t)
+        angles = positions[:, None].astype(jnp.float32) * frequencies
+        cos, sin = jnp.cos(angles), jnp.sin(angles)
+        visible = jnp.arange(t if t > 1 else capacity)[None, :] <= positions[:, None]
+        x, new_cache = params["embedding"][tokens], []
+        for p, (keys, values) in zip(params["layers"], cache):
+            qkv = (rms_norm(x, p["norm1"]) @ p["qkv"]).reshape(t, h + 2 * g, k).transpose(1, 0, 2)
+            q, key, value = rotate(qkv[:h], cos, sin), rotate(qkv[h : h + g], cos, sin), qkv[h + g :]
+            keys = jax.lax.dynamic_update_slice(keys, key, (0, start, 0))
+            values = jax.lax.dynamic_update_slice(values, value, (0, start, 0))
+            new_cache.append((keys, values))
+            if t == 1:
+                key, value = keys, values
+            scores = jnp.einsum("grtk,gsk->grts", q.reshape(g, h // g, t, k), key, preferred_element_type=jnp.float32)
+            weights = jax.nn.softmax(jnp.where(visible, scores * k**-0.5, -jnp.inf), axis=-1).astype(dtype)
+            mixed = jnp.einsum("grts,gsk->tgrk", weights, value).reshape(t, h * k)
+            x = x + mixed @ p["o"]
+            gate, up = jnp.split(rms_norm(x, p["norm2"]) @ p["gate_up"], 2, axis=-1)
+            x = x + (act(gate) * up) @ p["down"]
+        logits = rms_norm(x[-1:], params["norm"]) @ params["head"]
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32), new_cache, start + t
+
+    step = jax.jit(forward, donate_argnums=1)
+    empty = jax.jit(
+        lambda: [(jnp.zeros((g, capacity, k), dtype), jnp.zeros((g, capacity, k), dtype)) for _ in range(layers)]
+    )
+
+    def engine(ids, count):
+        cache, ids, start = jax.block_until_ready((empty(), jnp.asarray(ids, jnp.int32), jnp.asarray(0, jnp.int32)))
+        begin = time.perf_counter()
+        token, cache, start = step(params, cache, ids, start)
+        token.block_until_ready()
+        middle = time.perf_counter()
+        tokens = [token]
+        for _ in range(count):
+            token, cache, start = step(params, cache, token, start)
+            tokens.append(token)
+        jax.block_until_ready(tokens)
+        end = time.perf_counter()
+        return middle - begin, end - middle, [int(t[0]) for t in tokens]
+
+    return engine, {"jax": jax.__version__, "jaxlib": jax.lib.__version__}
+
+
+def torch_engine(args, config):
+    """transformers' model with its default attention (sdpa) and growing cache, without the overhead of generate()."""
+    os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    import torch
+    import transformers
+
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    dtype = {"f32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
+    model = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).eval()
+
+    @torch.inference_mode()
+    def engine(ids, count):
+        cache, token, tokens, times = transformers.DynamicCache(config=model.config), torch.tensor([ids]), [], []
+        times.append(time.perf_counter())
+        for _ in range(1 + count):
+            logits = model(token, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+            token = logits[:, -1].argmax(-1, keepdim=True)
+            tokens.append(int(token))
+            times.append(time.perf_counter())
+        return times[1] - times[0], times[-1] - times[1], tokens
+
+    return engine, {"torch": torch.__version__, "transformers": transformers.__version__}
+
+
+def write_gguf(args, config, path):
+    """The checkpoint as GGUF: query and key rows in the interleaved order that llama.cpp rotates, norms in float32, no
+    vocabulary, rotary scaling as divisors of the plain frequencies."""
+    import gguf
+    import numpy as np
+
+    layers, h, g, k = sizes(config)
+    kind = gguf.GGMLQuantizationType[args.dtype.upper()]
+    w = read_weights(args.model)
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_block_count(layers)
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(h)
+    writer.add_head_count_kv(g)
+    writer.add_key_length(k)
+    writer.add_value_length(k)
+    writer.add_rope_dimension_count(k)
+    theta = rope_of(config)[0]
+    writer.add_rope_freq_base(theta)
+    writer.add_layer_norm_rms_eps(config.get("rms_norm_eps", 1e-6))
+    writer.add_vocab_size(config["vocab_size"])
+    writer.add_tokenizer_model("no_vocab")
+    divisors = theta ** -(np.arange(0, k, 2) / k) / inverse_frequencies(config, k)
+    if abs(divisors - 1.0).max() > 1e-9:
+        writer.add_tensor("rope_freqs.weight", divisors.astype(np.float32))
+    parts = {
+        "self_attn.q_proj": "attn_q",
+        "self_attn.k_proj": "attn_k",
+        "self_attn.v_proj": "attn_v",
+        "self_attn.o_proj": "attn_output",
+        "mlp.gate_proj": "ffn_gate",
+        "mlp.up_proj": "ffn_up",
+        "mlp.down_proj": "ffn_down",
+        "input_layernorm": "attn_norm",
+        "post_attention_layernorm": "ffn_norm",
+    }
+    whole = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+    for name, a in w.items():
+        stem, suffix = name.rsplit(".", 1)
+        if stem in whole:
+            target = whole[stem]
+        else:
+            _, _, layer, part = stem.split(".", 3)
+            target = f"blk.{layer}.{parts[part]}"
+            heads = {"attn_q": h, "attn_k": g}.get(parts[part])
+            if heads:
+                a = a.reshape(heads, 2, k // 2, -1).swapaxes(1, 2).reshape(a.shape)
+        if a.ndim == 1 or kind == gguf.GGMLQuantizationType.F32:
+            writer.add_tensor(f"{target}.{suffix}", np.ascontiguousarray(a))
+        else:
+            writer.add_tensor(f"{target}.{suffix}", gguf.quants.quantize(np.ascontiguousarray(a), kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def llama_cpp_engine(args, config):
+    """llama.cpp through its C functions. Its key/value cache has the dtype of the run (its own default is f16); the
+    prompt is one batch; the rest is as it comes, with all cores."""
+    import gguf
+    import llama_cpp as api
+    import numpy as np
+
+    if config.get("hidden_act", "silu") != "silu":
+        raise BenchError(f"llama.cpp runs this architecture with silu only, found {config['hidden_act']}")
+    files = sorted(Path(args.model).glob("*.safetensors")) + [Path(args.model) / "config.json"]
+    key = [
+        str(Path(args.model).resolve()),
+        args.dtype,
+        *((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files),
+    ]
+    path = CACHE / "bench" / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}.gguf"
+    if not path.exists():
+        partial = path.with_suffix(f".partial-{os.getpid()}")
+        write_gguf(args, config, partial)
+        partial.rename(path)
+    api.llama_backend_init()
+    model = api.llama_model_load_from_file(str(path).encode(), api.llama_model_default_params())
+    if not model:
+        raise BenchError(f"llama.cpp could not load {path}")
+    params = api.llama_context_default_params()
+    params.n_ctx = params.n_batch = params.n_ubatch = args.prompt_tokens + args.gen_tokens
+    params.n_threads = params.n_threads_batch = len(os.sched_getaffinity(0))
+    params.type_k = params.type_v = int(gguf.GGMLQuantizationType[args.dtype.upper()])
+    context = api.llama_init_from_model(model, params)
+    vocab = config["vocab_size"]
+
+    def best_after(ids):
+        tokens = (api.llama_token * len(ids))(*ids)  # the batch borrows it
+        if api.llama_decode(context, api.llama_batch_get_one(tokens, len(ids))) != 0:  # logits of the last only
+            raise BenchError("llama_decode failed")
+        return int(np.ctypeslib.as_array(api.llama_get_logits_ith(context, -1), (vocab,)).argmax())
+
+    def engine(ids, count):
+        api.llama_memory_clear(api.llama_get_memory(context), True)
+        begin = time.perf_counter()
+        tokens = [best_after(ids)]
+        middle = time.perf_counter()
+        for _ in range(count):
+            tokens.append(best_after(tokens[-1:]))
+        return middle - begin, time.perf_counter() - middle, tokens
+
+    return engine, {"llama-cpp-python": api.__version__}
+
+
+def main():
+    args = parse_arguments()
+    if sys.version_info < (3, 11):
+        sys.exit(f"error: python must be 3.11 or later, found {sys.version.split()[0]}")
+    try:
+        sys.exit(serve(args) if args.worker else drive(args))
+    except BenchError as e:
+        sys.exit(f"error: {e}")
+
+
+if __name__ == "__main__":
+    main()

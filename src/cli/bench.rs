@@ -1,0 +1,161 @@
+//! `xllama bench`.
+
+use std::io::{BufRead, Write};
+use std::process::ExitCode;
+use std::time::Instant;
+
+use serde_json::json;
+use xllama::generation::SamplingOptions;
+use xllama::runtime::{Engine, Session};
+
+use super::generate::context_len;
+use super::model_args::ModelArgs;
+use super::{Context, table};
+
+/// Measure prefill and decode: median, smallest and largest of several runs.
+#[derive(clap::Args)]
+#[command(after_help = "Example:\n  xllama bench --prompt-tokens 512 --gen-tokens 64 --repeat 5")]
+pub struct Args {
+    #[command(flatten)]
+    model: ModelArgs,
+    /// Tokens of the prompt.
+    #[arg(long, value_name = "N", default_value_t = 512, value_parser = positive)]
+    prompt_tokens: usize,
+    /// Tokens to generate.
+    #[arg(long, value_name = "N", default_value_t = 64, value_parser = positive)]
+    gen_tokens: usize,
+    /// Runs that count; one more goes first.
+    #[arg(long, value_name = "N", default_value_t = 5, value_parser = positive)]
+    repeat: usize,
+    /// Run once for each line on standard input and answer with a line of JSON: for measuring beside other programs.
+    #[arg(long)]
+    interactive: bool,
+}
+
+fn positive(text: &str) -> Result<usize, String> {
+    text.parse().ok().filter(|n| *n > 0).ok_or_else(|| "must be a whole number above 0".into())
+}
+
+/// One measured run.
+struct Run {
+    prefill: f64,
+    decode: f64,
+    tokens: Vec<u32>,
+}
+
+impl Args {
+    pub fn run(self, context: &Context) -> anyhow::Result<ExitCode> {
+        let loaded = self.model.load(context)?;
+        context_len(&loaded.checkpoint, self.prompt_tokens + self.gen_tokens, 0, None)?;
+        let engine = &loaded.engine;
+        let warm = self.once(engine)?;
+        let compile = engine.compile_stats();
+        if self.interactive {
+            return self.interact(engine);
+        }
+
+        let mut runs = Vec::new();
+        for i in 0..self.repeat {
+            context.reporter.say(&format!("run {} of {}", i + 1, self.repeat));
+            runs.push(self.once(engine)?);
+        }
+        context.reporter.clear();
+        // A second engine finds every program in the cache on disk.
+        let cached = {
+            let again = self.model.load(context)?;
+            self.once(&again.engine)?;
+            again.engine.compile_stats()
+        };
+        let prefill = Spread::of(runs.iter().map(|r| r.prefill));
+        let decode = Spread::of(runs.iter().map(|r| r.decode));
+        let bandwidth = decode.median * engine.weight_bytes() as f64 / 1e9;
+        let json = json!({
+            "prefill_tok_s": prefill.json(),
+            "decode_tok_s": decode.json(),
+            "load_s": loaded.load_time.as_secs_f64(),
+            "compile_s": compile.time.as_secs_f64(),
+            "compile_was_cached": compile.compiled == 0,
+            "compile_cached_s": cached.time.as_secs_f64(),
+            "weights_bytes": engine.weight_bytes(),
+            "decode_bandwidth_gb_s": bandwidth,
+            "dtype": engine.dtype().name(),
+            "first_tokens": &warm.tokens[..warm.tokens.len().min(16)],
+        });
+        context.print(&json, || {
+            let row = |what: String, s: &Spread| vec![what, format!("{:.1}", s.median), format!("{:.1}", s.min), format!("{:.1}", s.max)];
+            let rows = [
+                row(format!("prefill of {} (tok/s)", self.prompt_tokens), &prefill),
+                row(format!("decode of {} (tok/s)", self.gen_tokens), &decode),
+            ];
+            table::print(&["", "median", "min", "max"], &rows, &[1, 2, 3]);
+            println!(
+                "{} weights {:.1} MB, decode reads them at {bandwidth:.1} GB/s; load {:.2} s, compile {:.2} s{}, from cache {:.2} s",
+                engine.dtype(),
+                engine.weight_bytes() as f64 / 1e6,
+                loaded.load_time.as_secs_f64(),
+                compile.time.as_secs_f64(),
+                if compile.compiled == 0 { " (from cache)" } else { "" },
+                cached.time.as_secs_f64(),
+            );
+        });
+        Ok(ExitCode::SUCCESS)
+    }
+
+    /// Prefill of a fixed pseudo-text, then greedy decoding.
+    fn once(&self, engine: &Engine) -> anyhow::Result<Run> {
+        let vocab = engine.config().vocab_size as u64;
+        let prompt: Vec<u32> = (0..self.prompt_tokens as u64).map(|i| ((i * 7919 + 13) % vocab) as u32).collect();
+        let mut session = Session::new(engine, 1, self.prompt_tokens + self.gen_tokens)?;
+        engine.prepare(&session.programs(prompt.len(), SamplingOptions::default().spec()))?;
+        let started = Instant::now();
+        session.prefill(&[prompt], &[SamplingOptions::default()], None)?;
+        let mut tokens = session.read_tokens()?.wait()?;
+        let prefill = self.prompt_tokens as f64 / started.elapsed().as_secs_f64();
+
+        let started = Instant::now();
+        session.decode()?;
+        for i in 0..self.gen_tokens {
+            let read = session.read_tokens()?;
+            if i + 1 < self.gen_tokens {
+                session.decode()?;
+            }
+            tokens.extend(read.wait()?);
+        }
+        let decode = self.gen_tokens as f64 / started.elapsed().as_secs_f64();
+        Ok(Run { prefill, decode, tokens })
+    }
+
+    fn interact(&self, engine: &Engine) -> anyhow::Result<ExitCode> {
+        let mut out = std::io::stdout().lock();
+        writeln!(out, "{}", json!({ "ready": true }))?;
+        out.flush()?;
+        for line in std::io::stdin().lock().lines() {
+            line?;
+            let run = self.once(engine)?;
+            let first = &run.tokens[..run.tokens.len().min(16)];
+            writeln!(out, "{}", json!({ "prefill_tok_s": run.prefill, "decode_tok_s": run.decode, "tokens": first }))?;
+            out.flush()?;
+        }
+        Ok(ExitCode::SUCCESS)
+    }
+}
+
+struct Spread {
+    median: f64,
+    min: f64,
+    max: f64,
+}
+
+impl Spread {
+    fn of(values: impl Iterator<Item = f64>) -> Spread {
+        let mut values: Vec<f64> = values.collect();
+        values.sort_by(f64::total_cmp);
+        let middle = values.len() / 2;
+        let median = if values.len() % 2 == 1 { values[middle] } else { (values[middle - 1] + values[middle]) / 2.0 };
+        Spread { median, min: values[0], max: values[values.len() - 1] }
+    }
+
+    fn json(&self) -> serde_json::Value {
+        json!({ "median": self.median, "min": self.min, "max": self.max })
+    }
+}

@@ -1,0 +1,121 @@
+//! `xllama convert-params` and `xllama export-hf`.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::atomic::AtomicBool;
+
+use converter::{ConvertOptions, DType, Report};
+use serde_json::json;
+use xllama::Error;
+
+use super::Context;
+use super::model_args::ModelArg;
+use super::progress::mebibytes;
+
+/// Turn a Hugging Face folder or a GGUF file into per-head parameters.
+#[derive(clap::Args)]
+#[command(after_help = "Example:\n  xllama convert-params ~/models/Llama-3.2-1B ~/models/Llama-3.2-1B.params --dtype bf16")]
+pub struct ConvertArgs {
+    #[command(flatten)]
+    paths: Paths,
+}
+
+/// Turn per-head parameters back into a folder that transformers loads; the round trip is bit-identical.
+#[derive(clap::Args)]
+#[command(after_help = "Example:\n  xllama export-hf smollm2-135m ./SmolLM2-135M")]
+pub struct ExportArgs {
+    #[command(flatten)]
+    paths: Paths,
+}
+
+#[derive(clap::Args)]
+struct Paths {
+    /// A model folder, a .gguf file or a short name.
+    src: String,
+    /// The folder to write; it must not exist or be empty.
+    dst: PathBuf,
+    /// Type of the written parameters: f32, bf16 or f16 [default: the source's; bf16 for a quantized GGUF].
+    #[arg(long, value_parser = parse_dtype)]
+    dtype: Option<DType>,
+    /// Start a new file when one would grow past this, for example 2GB or 500MiB.
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    shard_size: Option<u64>,
+}
+
+type Work = fn(
+    &std::path::Path,
+    &std::path::Path,
+    &ConvertOptions,
+    &(dyn Fn(u64, u64) + Sync),
+    &AtomicBool,
+) -> converter::Result<Report>;
+
+impl ConvertArgs {
+    pub fn run(self, context: &Context) -> anyhow::Result<ExitCode> {
+        self.paths.run(context, "converting", converter::convert)
+    }
+}
+
+impl ExportArgs {
+    pub fn run(self, context: &Context) -> anyhow::Result<ExitCode> {
+        self.paths.run(context, "exporting", converter::export_hf)
+    }
+}
+
+impl Paths {
+    fn run(self, context: &Context, what: &str, work: Work) -> anyhow::Result<ExitCode> {
+        let src = ModelArg { model: self.src.clone() }.path(context)?;
+        let guard = context.interrupt.watch();
+        let options = ConvertOptions { dtype: self.dtype, shard_size: self.shard_size, ..ConvertOptions::default() };
+        let progress = |done, total| context.reporter.bytes(what, done, total);
+        let report = work(&src, &self.dst, &options, &progress, guard.flag()).map_err(Error::from)?;
+        context.reporter.clear();
+        for note in &report.notes {
+            context.reporter.note(note);
+        }
+        let json = json!({
+            "tensors": report.tensors,
+            "bytes": report.bytes,
+            "seconds": report.seconds,
+            "peak_rss_bytes": peak_rss(),
+        });
+        context.print(&json, || {
+            let rate = mebibytes((report.bytes as f64 / report.seconds.max(1e-9)) as u64);
+            println!(
+                "{}: {} tensors, {} in {:.2} s ({rate}/s)",
+                self.dst.display(),
+                report.tensors,
+                mebibytes(report.bytes),
+                report.seconds
+            );
+        });
+        Ok(ExitCode::SUCCESS)
+    }
+}
+
+/// The most memory this process has had resident, where the system tells (Linux: VmHWM).
+pub fn peak_rss() -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|l| l.strip_prefix("VmHWM:"))?;
+    line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok().map(|k| k * 1024)
+}
+
+fn parse_dtype(name: &str) -> Result<DType, String> {
+    DType::parse(name).filter(|d| *d != DType::F64).ok_or_else(|| "must be f32, bf16 or f16".into())
+}
+
+fn parse_size(text: &str) -> Result<u64, String> {
+    let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    let unit = match &text[digits..] {
+        "" | "B" => 1,
+        "KB" => 1000,
+        "MB" => 1_000_000,
+        "GB" => 1_000_000_000,
+        "KiB" => 1 << 10,
+        "MiB" => 1 << 20,
+        "GiB" => 1 << 30,
+        other => return Err(format!("unknown unit {other:?}; use B, KB, MB, GB, KiB, MiB or GiB")),
+    };
+    let number: u64 = text[..digits].parse().map_err(|_| "must begin with a whole number".to_string())?;
+    number.checked_mul(unit).filter(|n| *n > 0).ok_or_else(|| "must be above 0 and fit 64 bits".into())
+}

@@ -1,0 +1,119 @@
+//! `xllama emit`.
+
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use clap::ValueEnum;
+use serde_json::json;
+use xla::DType;
+use xla::pjrt::{CompileOptions, OptionOverride};
+use xllama::Error;
+use xllama::generation::sampling::SamplerSpec;
+use xllama::runtime::{CACHE_STEP, Output, StepSpec, build, device};
+
+use super::Context;
+use super::generate::context_len;
+use super::model_args::ModelArgs;
+
+/// Write the program of a model as text.
+#[derive(clap::Args)]
+#[command(after_help = "Example:\n  xllama emit --program decode --format stablehlo -o decode.mlir")]
+pub struct Args {
+    #[command(flatten)]
+    model: ModelArgs,
+    /// Which program.
+    #[arg(long, value_enum)]
+    program: Which,
+    /// As we build it, or as the plugin optimizes it.
+    #[arg(long, value_enum, default_value_t = Format::Stablehlo)]
+    format: Format,
+    /// The file to write [default: standard output].
+    #[arg(short, long, value_name = "F")]
+    out: Option<PathBuf>,
+    /// Batch slots.
+    #[arg(long, value_name = "B", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..))]
+    batch: u16,
+    /// Positions of the cache [default: 2048, up to the model's own].
+    #[arg(long, value_name = "N")]
+    max_seq: Option<usize>,
+    /// Tokens of one prefill.
+    #[arg(long, value_name = "N", default_value_t = 512, value_parser = clap::value_parser!(u32).range(1..))]
+    prompt_tokens: u32,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Which {
+    Prefill,
+    Decode,
+}
+
+#[derive(Clone, Copy, PartialEq, ValueEnum)]
+enum Format {
+    Stablehlo,
+    Hlo,
+}
+
+impl Args {
+    pub fn run(self, context: &Context) -> anyhow::Result<ExitCode> {
+        let checkpoint = self.model.model.open(context)?;
+        let cfg = checkpoint.config();
+        let tokens = match self.program {
+            Which::Prefill => self.prompt_tokens as usize,
+            Which::Decode => 1,
+        };
+        let len = context_len(&checkpoint, self.max_seq.unwrap_or(2048.min(cfg.max_position_embeddings)), 0, None)?;
+        let len = len.max(tokens).next_multiple_of(CACHE_STEP);
+        context_len(&checkpoint, tokens, 0, None)?;
+        let dtype = self.model.dtype.unwrap_or(DType::F32);
+        let spec = StepSpec {
+            batch: self.batch.into(),
+            tokens,
+            cache_len: len,
+            read_len: if tokens == 1 { len } else { tokens },
+            cache_dtype: dtype,
+            output: Output::Token(SamplerSpec::default()),
+        };
+        let text = build(&spec, checkpoint.params(), dtype, cfg)?.stablehlo();
+        let text = match self.format {
+            Format::Stablehlo => text,
+            Format::Hlo => optimized(&self.model.device.plugin_path(context)?, &text)?,
+        };
+        match &self.out {
+            None => std::io::stdout().write_all(text.as_bytes())?,
+            Some(path) => write(path, &text)?,
+        }
+        if let Some(path) = &self.out {
+            let json = json!({ "out": path, "bytes": text.len() });
+            context.print(&json, || println!("{}: {} bytes", path.display(), text.len()));
+        }
+        Ok(ExitCode::SUCCESS)
+    }
+}
+
+/// The plugin's optimized HLO as text: PJRT hands it out as a protocol buffer only, so the compiler is asked to dump it.
+fn optimized(plugin: &Path, text: &str) -> anyhow::Result<String> {
+    let (_, client) = device::open(plugin, 1)?;
+    let folder = tempfile::tempdir()?;
+    let mut options = CompileOptions::default();
+    let dump = folder.path().display().to_string();
+    options.env_options.insert("xla_dump_to".into(), OptionOverride::Str(dump));
+    options.env_options.insert("xla_dump_hlo_as_text".into(), OptionOverride::Bool(true));
+    client.compile(text, &options)?;
+    let mut files: Vec<PathBuf> = std::fs::read_dir(folder.path())?.map(|e| Ok(e?.path())).collect::<std::io::Result<_>>()?;
+    files.retain(|p| p.to_string_lossy().ends_with("after_optimizations.txt"));
+    files.sort();
+    let file = files.last().ok_or_else(|| Error::Device {
+        name: plugin.display().to_string(),
+        what: "the plugin wrote no optimized program as text; use --format stablehlo".into(),
+    })?;
+    Ok(std::fs::read_to_string(file)?)
+}
+
+fn write(path: &Path, text: &str) -> Result<(), Error> {
+    let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let mut file = tempfile::NamedTempFile::new_in(folder).map_err(Error::io("writing into", folder))?;
+    file.write_all(text.as_bytes()).map_err(Error::io("writing", path))?;
+    file.persist(path).map_err(|e| Error::Io { action: "writing", path: path.into(), source: e.error })?;
+    Ok(())
+}

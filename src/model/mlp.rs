@@ -1,0 +1,26 @@
+//! The feed-forward block: SwiGLU (Shazeer 2020) with the activation that the checkpoint names.
+
+use xla::graph::Tensor;
+
+use super::linear::linear;
+use crate::config::{Activation, ModelConfig};
+use crate::params::Mlp;
+
+/// down(act(gate(x)) · up(x)). `x`: (B, S, M) → (B, S, M) in f32.
+#[track_caller]
+pub fn mlp(p: &Mlp<Tensor>, x: &Tensor, cfg: &ModelConfig) -> Tensor {
+    let gate = linear("BSM,MF->BSF", x, &p.gate_proj, p.gate_bias.as_ref());
+    let up = linear("BSM,MF->BSF", x, &p.up_proj, p.up_bias.as_ref());
+    let h = activation(&gate, cfg.hidden_act) * up;
+    linear("BSF,FM->BSM", &h, &p.down_proj, p.down_bias.as_ref())
+}
+
+#[track_caller]
+fn activation(x: &Tensor, act: Activation) -> Tensor {
+    match act {
+        Activation::Silu => x.silu(),
+        Activation::Gelu => x.gelu(),
+        Activation::GeluTanh => x.gelu_tanh(),
+        Activation::Relu => x.relu(),
+    }
+}

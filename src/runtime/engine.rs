@@ -1,0 +1,172 @@
+//! A model on a device: parameters uploaded once, programs compiled when first needed.
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use converter::Checkpoint;
+use xla::DType;
+use xla::graph::Graph;
+use xla::pjrt::{Buffer, Client, CompileOptions, Device, LoadedExecutable, Plugin};
+
+use super::exec_cache::{ExecutableCache, Origin};
+use super::program::{self, StepSpec};
+use crate::Error;
+use crate::config::ModelConfig;
+use crate::kv_cache::CacheShape;
+use crate::params::{self, Llama, Param};
+
+/// A model, ready to run.
+pub struct Engine {
+    plugin: Plugin,
+    client: Client,
+    device: Device,
+    cfg: ModelConfig,
+    declared: Llama<Param>,
+    params: Vec<Buffer>,
+    dtype: DType,
+    executables: ExecutableCache,
+    programs: Mutex<HashMap<StepSpec, Arc<Program>>>,
+    compiled: Mutex<CompileStats>,
+}
+
+/// A compiled step.
+pub struct Program {
+    /// Loaded on the engine's device.
+    pub executable: LoadedExecutable,
+    /// Names of the results, the cache first.
+    pub results: Vec<String>,
+}
+
+/// What compiling has cost so far.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct CompileStats {
+    /// Time spent in building, compiling or loading programs.
+    pub time: Duration,
+    /// Programs that were compiled.
+    pub compiled: usize,
+    /// Programs that came from the cache on disk.
+    pub cached: usize,
+}
+
+impl Engine {
+    /// Uploads `checkpoint` as `dtype` to the first device of `client`. Executables are cached in `cache` if given.
+    pub fn load(
+        plugin: Plugin,
+        client: Client,
+        checkpoint: &Checkpoint,
+        dtype: DType,
+        cache: Option<PathBuf>,
+        progress: &(dyn Fn(u64, u64) + Sync),
+    ) -> Result<Engine, Error> {
+        let device = client.addressable_devices().into_iter().next().ok_or_else(|| Error::Device {
+            name: plugin.path().display().to_string(),
+            what: "the plugin has no device on this machine".into(),
+        })?;
+        let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
+        let params = params::upload(checkpoint, dtype, &client, &device, threads, progress)?;
+        Ok(Engine {
+            executables: ExecutableCache::new(cache, &plugin, &client),
+            plugin,
+            client,
+            device,
+            cfg: checkpoint.config().clone(),
+            declared: checkpoint.params().clone(),
+            params,
+            dtype,
+            programs: Mutex::default(),
+            compiled: Mutex::default(),
+        })
+    }
+
+    /// The model's configuration.
+    pub fn config(&self) -> &ModelConfig {
+        &self.cfg
+    }
+
+    /// The type of parameters and cache.
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    /// The plugin that runs it.
+    pub fn plugin(&self) -> &Plugin {
+        &self.plugin
+    }
+
+    /// The client.
+    pub fn client(&self) -> &Client {
+        &self.client
+    }
+
+    /// The device.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// Parameters on the device, in tree order.
+    pub fn params(&self) -> &[Buffer] {
+        &self.params
+    }
+
+    /// Bytes of all parameters as they are on the device.
+    pub fn weight_bytes(&self) -> u64 {
+        self.declared.iter().iter().map(|p| (p.elements() * self.dtype.size()) as u64).sum()
+    }
+
+    /// What compiling has cost so far.
+    pub fn compile_stats(&self) -> CompileStats {
+        *lock(&self.compiled)
+    }
+
+    /// The executable of `spec`: built, compiled or loaded from disk when first asked for.
+    pub fn program(&self, spec: &StepSpec) -> Result<Arc<Program>, Error> {
+        if let Some(found) = lock(&self.programs).get(spec) {
+            return Ok(found.clone());
+        }
+        let started = Instant::now();
+        let module = program::build(spec, &self.declared, self.dtype, &self.cfg)?;
+        let results = module.outputs().iter().map(|o| o.name.clone()).collect();
+        let program = Arc::new(Program { executable: self.compile(&module.stablehlo(), started)?, results });
+        lock(&self.programs).insert(*spec, program.clone());
+        Ok(program)
+    }
+
+    /// Gets several programs at once, each on a thread of its own.
+    pub fn prepare(&self, specs: &[StepSpec]) -> Result<(), Error> {
+        std::thread::scope(|scope| {
+            let handles: Vec<_> = specs.iter().map(|s| scope.spawn(move || self.program(s).map(drop))).collect();
+            handles.into_iter().try_for_each(|h| h.join().unwrap_or_else(|p| std::panic::resume_unwind(p)))
+        })
+    }
+
+    /// A cache of zeros, in the order of [`crate::kv_cache::KvCache::iter`]. Zeros, because a masked position still takes
+    /// part in a product, where 0 · NaN is NaN.
+    pub fn new_cache(&self, shape: CacheShape) -> Result<Vec<Buffer>, Error> {
+        let g = Graph::new("new_cache");
+        let dims = shape.dims(&self.cfg);
+        for i in 0..self.cfg.n_layers {
+            g.output(&format!("cache/{i}/k"), &g.full(0.0, shape.dtype, &dims));
+            g.output(&format!("cache/{i}/v"), &g.full(0.0, shape.dtype, &dims));
+        }
+        let executable = self.compile(&g.finish()?.stablehlo(), Instant::now())?;
+        Ok(executable.execute(&[])?)
+    }
+
+    fn compile(&self, text: &str, started: Instant) -> Result<LoadedExecutable, Error> {
+        let (executable, origin) = self.executables.get(&self.client, text, &CompileOptions::default())?;
+        let mut stats = lock(&self.compiled);
+        stats.time += started.elapsed();
+        match origin {
+            Origin::Compiled => stats.compiled += 1,
+            Origin::Cached => stats.cached += 1,
+        }
+        Ok(executable)
+    }
+}
+
+/// The data behind these locks is valid whatever happened to the thread that held them.
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,12 @@
+//! From a checkpoint and a device to steps of the model: programs, executables, sequences.
+
+pub mod device;
+mod engine;
+mod exec_cache;
+mod program;
+mod session;
+
+pub use engine::{CompileStats, Engine, Program};
+pub use exec_cache::hex;
+pub use program::{Output, StepSpec, build};
+pub use session::{CACHE_STEP, CHUNKS, Session, TokenRead};

@@ -1,0 +1,3 @@
+//! The integration tests of the workspace, as one binary; each module says what it pins.
+
+mod architecture;

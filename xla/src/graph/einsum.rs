@@ -1,0 +1,178 @@
+//! Contractions written with one letter per axis.
+
+use std::panic::Location;
+
+use super::aval::Aval;
+use super::tensor::Tensor;
+use crate::DType;
+
+/// A parsed "AB,BC->AC".
+struct Spec {
+    inputs: Vec<Vec<char>>,
+    output: Vec<char>,
+}
+
+impl Spec {
+    /// Splits the text; spaces are ignored.
+    fn parse(text: &str, operands: usize) -> Result<Spec, String> {
+        let text: String = text.chars().filter(|c| !c.is_whitespace()).collect();
+        let Some((inputs, output)) = text.split_once("->") else {
+            return Err("needs `->` and the letters of the result".into());
+        };
+        let spec = Spec {
+            inputs: inputs.split(',').map(|part| part.chars().collect()).collect(),
+            output: output.chars().collect(),
+        };
+        if spec.inputs.len() != operands {
+            return Err(format!("names {} operands, but {operands} are given", spec.inputs.len()));
+        }
+        for part in spec.inputs.iter().chain([&spec.output]) {
+            for (i, letter) in part.iter().enumerate() {
+                if !letter.is_ascii_alphabetic() {
+                    return Err(format!("an axis is one ASCII letter, found {letter:?}"));
+                }
+                if part[..i].contains(letter) {
+                    return Err(format!("axis {letter} stands twice in one tensor"));
+                }
+            }
+        }
+        match spec.output.iter().find(|letter| !spec.inputs.iter().any(|input| input.contains(letter))) {
+            Some(letter) => Err(format!("axis {letter} of the result is in no operand")),
+            None => Ok(spec),
+        }
+    }
+
+    /// Each operand has an axis per letter, and a letter has one length.
+    fn check(&self, operands: &[&Tensor]) -> Result<(), String> {
+        const SIDES: [&str; 2] = ["left", "right"];
+        for (i, (letters, x)) in self.inputs.iter().zip(operands).enumerate() {
+            if letters.len() != x.rank() {
+                let which = if operands.len() == 1 { "the operand" } else { &format!("the {} operand", SIDES[i]) };
+                let (n, rank) = (letters.len(), x.rank());
+                return Err(format!("{which} is {}, of rank {rank}, but has {n} letters", x.aval()));
+            }
+        }
+        if let [left, right] = self.inputs.as_slice() {
+            for (l, letter) in left.iter().enumerate() {
+                let Some(r) = right.iter().position(|other| other == letter) else { continue };
+                let (n, m) = (operands[0].shape()[l], operands[1].shape()[r]);
+                if n != m {
+                    return Err(format!("axis {letter} is {n} on the left and {m} on the right"));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The result's shape, as far as the letters give it.
+    fn shape(&self, operands: &[&Tensor]) -> Vec<usize> {
+        let size = |letter: &char| {
+            let axes = self.inputs.iter().zip(operands);
+            let mut sizes = axes.filter_map(|(letters, x)| {
+                let axis = letters.iter().position(|other| other == letter)?;
+                x.shape().get(axis).copied()
+            });
+            sizes.next().unwrap_or(1)
+        };
+        self.output.iter().map(size).collect()
+    }
+}
+
+/// The product of two tensors, summed over the letters that the result leaves out: `einsum("BSM,MHK->BSHK", &x, &w)`.
+///
+/// A letter is an axis; letters of both operands are paired. Operands of different element types are cast to one first:
+/// the float of a float and an integer, else the wider, f32 for f16 and bf16. The result has that type. Errors: letters that do not fit the ranks or lengths,
+/// a letter twice in one tensor.
+#[track_caller]
+pub fn einsum(spec: &str, left: &Tensor, right: &Tensor) -> Tensor {
+    einsum_as(spec, left, right, promote(left.dtype(), right.dtype()))
+}
+
+/// [`einsum`] with the element type of the sum and result given: bf16 operands with an f32 result, say.
+#[track_caller]
+pub fn einsum_as(spec: &str, left: &Tensor, right: &Tensor, dtype: DType) -> Tensor {
+    let location = Location::caller();
+    let operands = [left, right];
+    let graph = left.graph();
+    let parsed = match Spec::parse(spec, 2) {
+        Ok(parsed) => parsed,
+        Err(message) => {
+            graph.fail(location, format!("einsum {spec:?}: {message}"));
+            return left.clone();
+        }
+    };
+    if let Err(message) = parsed.check(&operands) {
+        graph.fail(location, format!("einsum {spec:?}: {message}"));
+        return graph.placeholder(Aval::new(dtype, &parsed.shape(&operands)));
+    }
+    let common = promote(left.dtype(), right.dtype());
+    let (left, right) = (left.cast(common), right.cast(common));
+    let out = &parsed.output;
+    // Letters of one operand alone that the result leaves out are summed first.
+    let (left, l) = sum_private(&left, &parsed.inputs[0], &parsed.inputs[1], out);
+    let (right, r) = sum_private(&right, &parsed.inputs[1], &parsed.inputs[0], out);
+
+    let batch: Vec<char> = out.iter().copied().filter(|c| l.contains(c) && r.contains(c)).collect();
+    let contract: Vec<char> = l.iter().copied().filter(|c| r.contains(c) && !out.contains(c)).collect();
+    let free = |letters: &[char]| {
+        letters.iter().copied().filter(|c| !batch.contains(c) && !contract.contains(c)).collect::<Vec<_>>()
+    };
+    let (left_free, right_free) = (free(&l), free(&r));
+    let position = |letters: &[char], c: &char| letters.iter().position(|other| other == c).unwrap_or_default();
+    let pairs = |chars: &[char], l: &[char], r: &[char]| -> Vec<_> {
+        chars.iter().map(|c| (position(l, c), position(r, c))).collect()
+    };
+
+    // The dot gives batch, left, right; with the operands exchanged it may give the wanted order at once.
+    let exchanged = [batch.clone(), right_free.clone(), left_free.clone()].concat();
+    if exchanged == *out {
+        return right.dot_general(&left, &pairs(&batch, &r, &l), &pairs(&contract, &r, &l), dtype);
+    }
+    let order = [batch.clone(), left_free, right_free].concat();
+    let product = left.dot_general(&right, &pairs(&batch, &l, &r), &pairs(&contract, &l, &r), dtype);
+    let permutation: Vec<usize> = out.iter().map(|c| position(&order, c)).collect();
+    product.transpose(&permutation)
+}
+
+/// One tensor with its axes summed over or reordered: `einsum1("BSM->MB", &x)` sums over S. Errors: as [`einsum`].
+#[track_caller]
+pub fn einsum1(spec: &str, x: &Tensor) -> Tensor {
+    let location = Location::caller();
+    let parsed = match Spec::parse(spec, 1).and_then(|parsed| parsed.check(&[x]).map(|()| parsed)) {
+        Ok(parsed) => parsed,
+        Err(message) => {
+            x.graph().fail(location, format!("einsum {spec:?}: {message}"));
+            return x.clone();
+        }
+    };
+    let (x, letters) = sum_private(x, &parsed.inputs[0], &[], &parsed.output);
+    let position = |c: &char| letters.iter().position(|other| other == c).unwrap_or_default();
+    x.transpose(&parsed.output.iter().map(position).collect::<Vec<_>>())
+}
+
+/// The operand summed over the letters that stand in neither the other operand nor the result, and its letters then.
+#[track_caller]
+fn sum_private(x: &Tensor, letters: &[char], other: &[char], out: &[char]) -> (Tensor, Vec<char>) {
+    let kept = |c: &char| other.contains(c) || out.contains(c);
+    let axes: Vec<isize> = (0..letters.len()).filter(|&i| !kept(&letters[i])).map(|i| i as isize).collect();
+    let x = if axes.is_empty() { x.clone() } else { x.sum(&axes) };
+    (x, letters.iter().copied().filter(kept).collect())
+}
+
+/// The element type that holds both: the same, else the float, else the wider; f32 for two floats of one width.
+fn promote(left: DType, right: DType) -> DType {
+    match (left.is_float(), right.is_float()) {
+        _ if left == right => left,
+        (true, false) => left,
+        (false, true) => right,
+        (floats, _) if left.size() == right.size() => {
+            if floats {
+                DType::F32
+            } else {
+                left
+            }
+        }
+        _ if left.size() > right.size() => left,
+        _ => right,
+    }
+}

@@ -1,0 +1,510 @@
+//! The graph under construction: arguments, outputs, scopes, functions and the first error.
+
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::panic::Location;
+use std::rc::Rc;
+
+use super::aval::Aval;
+use super::emit::{symbol, unique};
+use super::error::GraphError;
+use super::module::{Arg, Body, Function, Module, Node, Output, Value, ValueId};
+use super::ops::dot::Precision;
+use super::ops::{Call, Op};
+use super::sharding::{Mesh, Rules, Sharding};
+use super::tensor::Tensor;
+use crate::DType;
+
+/// A graph under construction. A cheap handle: clones build the same graph. Built on one thread.
+///
+/// Nothing here fails at once: the first mistake is kept with the caller's line and comes back from
+/// [`Graph::finish`], and the operations after it work on best-effort tensors.
+#[derive(Clone)]
+pub struct Graph(Rc<RefCell<State>>);
+
+/// What is being built.
+struct State {
+    name: String,
+    sharding: Option<(Mesh, Rules)>,
+    precision: Precision,
+    args: Vec<Arg>,
+    outputs: Vec<(Output, ValueId)>,
+    frames: Vec<Frame>,
+    frames_made: u32,
+    functions: Vec<Rc<Function>>,
+    calls: HashMap<(String, Vec<Aval>), Rc<Function>>,
+    symbols: HashMap<String, usize>,
+    inline_calls: bool,
+    manual: bool,
+    scopes: Vec<String>,
+    taps: Vec<(String, u32, ValueId)>,
+    error: Option<GraphError>,
+}
+
+/// A body that is open: the entry function at the bottom, then what is being traced inside it.
+struct Frame {
+    id: u32,
+    body: Body,
+}
+
+/// Attributes of an argument beyond its name and type.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct ArgAttrs<'a> {
+    /// The logical name of each axis ("batch", "heads", …; "" for one that is never split). Without a mesh it has no
+    /// effect.
+    pub sharding: Option<&'a [&'a str]>,
+}
+
+/// What [`Graph::replay`] asks about each node, with the node's new inputs: `Some` results to put in its place, or
+/// `None` to copy it.
+pub type Rewrite<'a> = dyn FnMut(&Node, &[Tensor]) -> Option<Vec<Tensor>> + 'a;
+
+/// Keeps a scope open; dropping it closes the scope.
+#[must_use = "the scope closes when this is dropped: bind it to `_scope`"]
+pub struct Scope {
+    graph: Graph,
+    depth: usize,
+}
+
+impl Drop for Scope {
+    fn drop(&mut self) {
+        self.graph.0.borrow_mut().scopes.truncate(self.depth);
+    }
+}
+
+impl Graph {
+    /// An empty graph; `name` becomes the module's name.
+    pub fn new(name: &str) -> Graph {
+        Graph(Rc::new(RefCell::new(State {
+            name: name.to_string(),
+            sharding: None,
+            precision: Precision::Default,
+            args: Vec::new(),
+            outputs: Vec::new(),
+            frames: vec![Frame { id: 0, body: Body::default() }],
+            frames_made: 1,
+            functions: Vec::new(),
+            calls: HashMap::new(),
+            symbols: HashMap::from([("main".to_string(), 0)]),
+            inline_calls: false,
+            manual: false,
+            scopes: Vec::new(),
+            taps: Vec::new(),
+            error: None,
+        })))
+    }
+
+    /// Places the graph on a mesh of devices, with the table from logical to mesh axes. Call it before the first
+    /// argument (an error otherwise).
+    #[track_caller]
+    pub fn set_mesh(&self, mesh: Mesh, rules: Rules) {
+        if !self.0.borrow().args.is_empty() {
+            self.fail(Location::caller(), "set_mesh comes after the first argument: call it before".into());
+        }
+        self.0.borrow_mut().sharding = Some((mesh, rules));
+    }
+
+    /// The mesh in use.
+    pub fn mesh(&self) -> Option<Mesh> {
+        self.sharding().map(|(mesh, _)| mesh)
+    }
+
+    pub(crate) fn sharding(&self) -> Option<(Mesh, Rules)> {
+        self.0.borrow().sharding.clone()
+    }
+
+    /// Runs `build` with tensors taken for one device's pieces.
+    pub(crate) fn in_manual<T>(&self, build: impl FnOnce() -> T) -> T {
+        let outer = std::mem::replace(&mut self.0.borrow_mut().manual, true);
+        let result = build();
+        self.0.borrow_mut().manual = outer;
+        result
+    }
+
+    /// The precision that dots made from now on ask of the hardware; [`Precision::Default`] at first.
+    pub fn set_precision(&self, precision: Precision) {
+        self.0.borrow_mut().precision = precision;
+    }
+
+    pub(crate) fn precision(&self) -> Precision {
+        self.0.borrow().precision
+    }
+
+    /// Adds an argument. Arguments are passed in the order of these calls. Errors: a name used before, or a call inside
+    /// a function, loop or branch.
+    #[track_caller]
+    pub fn arg(&self, name: &str, dtype: DType, shape: &[usize]) -> Tensor {
+        self.arg_with(name, dtype, shape, ArgAttrs::default())
+    }
+
+    /// Adds an argument with attributes. Errors: those of [`Graph::arg`] and [`Rules::resolve`].
+    #[track_caller]
+    pub fn arg_with(&self, name: &str, dtype: DType, shape: &[usize], attrs: ArgAttrs<'_>) -> Tensor {
+        let location = Location::caller();
+        let aval = Aval::new(dtype, shape);
+        if self.0.borrow().frames.len() > 1 {
+            self.fail(
+                location,
+                format!("argument {name:?} is added inside a function, loop or branch: add it outside"),
+            );
+            return self.placeholder(aval);
+        }
+        if self.0.borrow().args.iter().any(|arg| arg.name == name) {
+            self.fail(location, format!("argument {name:?} is added twice: names are unique"));
+        }
+        let sharding = attrs.sharding.and_then(|logical| self.resolve(location, name, logical, shape));
+        let tensor = self.placeholder(aval.clone());
+        let mut state = self.0.borrow_mut();
+        state.args.push(Arg { name: name.to_string(), aval, sharding, aliased_output: None });
+        let body = &mut state.frame().body;
+        body.args.push(tensor.id);
+        body.values[tensor.id.index()].name = Some(name.to_string());
+        drop(state);
+        tensor
+    }
+
+    /// Resolves logical axes on the mesh in use, if there is one and a tensor is more than one device's piece.
+    pub(crate) fn resolve(
+        &self,
+        location: &'static Location<'static>,
+        what: &str,
+        logical: &[&str],
+        shape: &[usize],
+    ) -> Option<Sharding> {
+        let (mesh, rules) = self.sharding().filter(|_| !self.0.borrow().manual)?;
+        let resolved = rules.resolve(&mesh, logical, shape);
+        resolved.map_err(|error| self.fail(location, format!("{what:?}: {error}"))).ok()
+    }
+
+    /// Adds an output. Outputs come back in the order of these calls. Errors: a name used before.
+    #[track_caller]
+    pub fn output(&self, name: &str, value: &Tensor) {
+        self.add_output(Location::caller(), name, value, None);
+    }
+
+    /// Adds an output that is laid out over the mesh as these logical axes say. Errors: those of [`Graph::output`] and
+    /// [`Rules::resolve`].
+    #[track_caller]
+    pub fn output_sharded(&self, name: &str, value: &Tensor, logical: &[&str]) {
+        let location = Location::caller();
+        let sharding = self.resolve(location, name, logical, value.shape());
+        self.add_output(location, name, value, sharding);
+    }
+
+    /// Adds an output that takes over the memory (and the sharding) of argument `arg`, which is thereby donated.
+    ///
+    /// Errors: `arg` is not an argument, is of another type or shape, or is donated already.
+    #[track_caller]
+    pub fn output_aliased(&self, name: &str, value: &Tensor, arg: &Tensor) {
+        let location = Location::caller();
+        let mut state = self.0.borrow_mut();
+        let index = state.outputs.len();
+        let position = state.frames[0].body.args.iter().position(|&id| arg.frame == 0 && id == arg.id);
+        let arg = position.and_then(|i| state.args.get_mut(i));
+        let (sharding, problem) = match arg {
+            None => {
+                (None, Some("the second tensor is not an argument of the graph, so it has no memory to give".into()))
+            }
+            Some(arg) if arg.aval != *value.aval => {
+                (None, Some(format!("{} cannot take over argument {:?}, which is {}", value.aval, arg.name, arg.aval)))
+            }
+            Some(arg) if arg.aliased_output.is_some() => {
+                (None, Some(format!("argument {:?} is donated to another output already", arg.name)))
+            }
+            Some(arg) => {
+                arg.aliased_output = Some(index);
+                (arg.sharding.clone(), None)
+            }
+        };
+        drop(state);
+        if let Some(problem) = problem {
+            self.fail(location, format!("output {name:?}: {problem}"));
+        }
+        self.add_output(location, name, value, sharding);
+    }
+
+    fn add_output(&self, location: &'static Location<'static>, name: &str, value: &Tensor, sharding: Option<Sharding>) {
+        if self.0.borrow().frames.len() > 1 {
+            return self
+                .fail(location, format!("output {name:?} is added inside a function, loop or branch: return it"));
+        }
+        if self.0.borrow().outputs.iter().any(|(output, _)| output.name == name) {
+            self.fail(location, format!("output {name:?} is added twice: names are unique"));
+        }
+        let id = self.adopt(location, &format!("output {name:?}"), value);
+        let output = Output { name: name.to_string(), aval: (*value.aval).clone(), sharding };
+        self.0.borrow_mut().outputs.push((output, id));
+    }
+
+    /// Opens a scope: until the guard is dropped, what is built is located under `name` (which may hold `/`).
+    pub fn scope(&self, name: &str) -> Scope {
+        let mut state = self.0.borrow_mut();
+        let depth = state.scopes.len();
+        state.scopes.push(name.to_string());
+        Scope { graph: self.clone(), depth }
+    }
+
+    /// The values that [`Tensor::named`] was called on, in that order, as (scope/name, tensor): what a comparison of
+    /// activations reads. Those inside functions, loops and branches are left out, as nothing outside can read them.
+    pub fn taps(&self) -> Vec<(String, Tensor)> {
+        let state = self.0.borrow();
+        let taps = state.taps.iter().filter(|(_, frame, _)| *frame == 0);
+        taps.map(|(name, _, id)| {
+            let aval = state.frames[0].body.values[id.index()].aval.clone();
+            (name.clone(), Tensor { graph: self.clone(), frame: 0, id: *id, aval })
+        })
+        .collect()
+    }
+
+    /// With `true`, [`Graph::call`] runs its closure in place each time instead of making a function: taps inside
+    /// then work.
+    pub fn inline_calls(&self, inline: bool) {
+        self.0.borrow_mut().inline_calls = inline;
+    }
+
+    /// Calls a function of the module. `build` runs once per `name` and argument types; later calls reuse the function,
+    /// so the same name must always come with the same computation. It sees only its arguments: a tensor from
+    /// outside is an error.
+    #[track_caller]
+    pub fn call(&self, name: &str, args: &[&Tensor], build: impl FnOnce(&[Tensor]) -> Vec<Tensor>) -> Vec<Tensor> {
+        let location = Location::caller();
+        if self.0.borrow().inline_calls {
+            return build(&args.iter().map(|&arg| arg.clone()).collect::<Vec<_>>());
+        }
+        let key = (name.to_string(), args.iter().map(|arg| (*arg.aval).clone()).collect::<Vec<_>>());
+        let known = self.0.borrow().calls.get(&key).cloned();
+        let function = known.unwrap_or_else(|| {
+            let body = self.trace(location, name, args, Some(name), build);
+            let mut state = self.0.borrow_mut();
+            let name = unique(&mut state.symbols, &symbol(name));
+            let function = Rc::new(Function { name, body });
+            state.functions.push(function.clone());
+            state.calls.insert(key, function.clone());
+            function
+        });
+        self.record(location, Rc::new(Call { function }), args)
+    }
+
+    /// Runs `build` on fresh arguments in a body of its own, and gives that body. `scope` replaces the open scopes.
+    pub(crate) fn trace(
+        &self,
+        location: &'static Location<'static>,
+        what: &str,
+        args: &[&Tensor],
+        scope: Option<&str>,
+        build: impl FnOnce(&[Tensor]) -> Vec<Tensor>,
+    ) -> Body {
+        let avals: Vec<_> = args.iter().map(|arg| (arg.name(), (*arg.aval).clone())).collect();
+        self.trace_avals(location, what, &avals, scope, build)
+    }
+
+    /// [`Graph::trace`] with the arguments given by name and type.
+    pub(crate) fn trace_avals(
+        &self,
+        location: &'static Location<'static>,
+        what: &str,
+        args: &[(Option<String>, Aval)],
+        scope: Option<&str>,
+        build: impl FnOnce(&[Tensor]) -> Vec<Tensor>,
+    ) -> Body {
+        let outer_scopes = {
+            let mut state = self.0.borrow_mut();
+            let id = state.frames_made;
+            state.frames_made += 1;
+            state.frames.push(Frame { id, body: Body::default() });
+            scope.map(|name| std::mem::replace(&mut state.scopes, vec![name.to_string()]))
+        };
+        let mut tensors = Vec::new();
+        for (name, aval) in args {
+            let tensor = self.placeholder(aval.clone());
+            let mut state = self.0.borrow_mut();
+            let body = &mut state.frame().body;
+            body.args.push(tensor.id);
+            // The last part of the caller's name: a function serves many layers, so "layers.0" would mislead.
+            body.values[tensor.id.index()].name =
+                name.as_ref().and_then(|name| name.rsplit(['/', '.']).next()).map(str::to_string);
+            drop(state);
+            tensors.push(tensor);
+        }
+        let results = build(&tensors);
+        let results = results.iter().map(|tensor| self.adopt(location, what, tensor)).collect();
+        let mut state = self.0.borrow_mut();
+        if let Some(scopes) = outer_scopes {
+            state.scopes = scopes;
+        }
+        let mut body = state.frames.pop().map(|frame| frame.body).unwrap_or_default();
+        body.results = results;
+        body
+    }
+
+    /// Adds an operation to the body that is open and gives its results: how every method of [`Tensor`] ends, and how
+    /// a rewrite adds nodes.
+    #[track_caller]
+    pub fn apply(&self, op: impl Op, inputs: &[&Tensor]) -> Vec<Tensor> {
+        self.record(Location::caller(), Rc::new(op), inputs)
+    }
+
+    /// Adds an operation with one result.
+    #[track_caller]
+    pub fn apply1(&self, op: impl Op, inputs: &[&Tensor]) -> Tensor {
+        let results = self.record(Location::caller(), Rc::new(op), inputs);
+        results.into_iter().next().unwrap_or_else(|| self.placeholder(Aval::new(DType::F32, &[])))
+    }
+
+    pub(crate) fn record(
+        &self,
+        location: &'static Location<'static>,
+        op: Rc<dyn Op>,
+        inputs: &[&Tensor],
+    ) -> Vec<Tensor> {
+        let name = op.info().name;
+        debug_assert!(super::ops::ALL.iter().any(|info| info.name == name), "{name} is missing in ops::ALL");
+        let ids: Vec<_> = inputs.iter().map(|tensor| self.adopt(location, name, tensor)).collect();
+        let avals: Vec<&Aval> = inputs.iter().map(|tensor| &*tensor.aval).collect();
+        let (least, most) = op.info().operands;
+        let inferred = match avals.len() {
+            n if n < least => Err(format!("needs at least {least} operands, found {n}")),
+            n if n > most => Err(format!("needs at most {most} operands, found {n}")),
+            _ => op.infer(&avals),
+        };
+        let outputs = match inferred {
+            Ok(outputs) => outputs,
+            Err(message) => {
+                self.fail(location, format!("{name}: {message}"));
+                let guess = avals.first().map_or(Aval::new(DType::F32, &[]), |&aval| aval.clone());
+                return (0..op.result_count(avals.len())).map(|_| self.placeholder(guess.clone())).collect();
+            }
+        };
+        let tensors: Vec<Tensor> = outputs.into_iter().map(|aval| self.placeholder(aval)).collect();
+        let outputs = tensors.iter().map(|tensor| tensor.id).collect();
+        let mut state = self.0.borrow_mut();
+        let scope = state.scope_path().into();
+        state.frame().body.nodes.push(Node { op, inputs: ids, outputs, scope, location });
+        tensors
+    }
+
+    /// A value of the open body that no node computes: an argument, or what stands in after an error.
+    pub(crate) fn placeholder(&self, aval: Aval) -> Tensor {
+        let aval = Rc::new(aval);
+        let mut state = self.0.borrow_mut();
+        let frame = state.frame();
+        let id = ValueId(frame.body.values.len() as u32);
+        frame.body.values.push(Value { aval: aval.clone(), name: None });
+        let frame = frame.id;
+        drop(state);
+        Tensor { graph: self.clone(), frame, id, aval }
+    }
+
+    /// The id of a tensor in the open body; a tensor of another body or graph is an error.
+    fn adopt(&self, location: &'static Location<'static>, what: &str, tensor: &Tensor) -> ValueId {
+        let problem = if !Rc::ptr_eq(&self.0, &tensor.graph.0) {
+            "a tensor of another graph is used: build everything in one graph"
+        } else if self.0.borrow_mut().frame().id != tensor.frame {
+            "a tensor from outside is used in a function, loop or branch (or one from inside is used outside): these are closed, pass it as an argument and return it as a result"
+        } else {
+            return tensor.id;
+        };
+        let name = tensor.name().map(|name| format!(" ({name})")).unwrap_or_default();
+        self.fail(location, format!("{what}: {problem}{name}"));
+        self.placeholder((*tensor.aval).clone()).id
+    }
+
+    /// Keeps the first error.
+    pub(crate) fn fail(&self, location: &'static Location<'static>, message: String) {
+        let mut state = self.0.borrow_mut();
+        if state.error.is_none() {
+            let scope = state.scope_path();
+            state.error = Some(GraphError { location, scope, message });
+        }
+    }
+
+    pub(crate) fn set_name(&self, tensor: &Tensor, name: &str) {
+        let mut state = self.0.borrow_mut();
+        let scope = state.scope_path();
+        let path = if scope.is_empty() { name.to_string() } else { format!("{scope}/{name}") };
+        state.taps.push((path, tensor.frame, tensor.id));
+        if let Some(frame) = state.frames.iter_mut().find(|frame| frame.id == tensor.frame) {
+            frame.body.values[tensor.id.index()].name = Some(name.to_string());
+        }
+    }
+
+    pub(crate) fn name_of(&self, tensor: &Tensor) -> Option<String> {
+        let state = self.0.borrow();
+        let frame = state.frames.iter().find(|frame| frame.id == tensor.frame)?;
+        frame.body.values.get(tensor.id.index())?.name.clone()
+    }
+
+    /// Copies the nodes of a body into the one that is open, with `args` in place of its arguments, and gives its
+    /// results. `rewrite` sees each node with its new inputs and may give other results in its place: how a pass over
+    /// a finished graph is written. Regions and functions inside are kept as they are.
+    #[track_caller]
+    pub fn replay(&self, body: &Body, args: &[Tensor], rewrite: &mut Rewrite<'_>) -> Vec<Tensor> {
+        let location = Location::caller();
+        if args.len() != body.args.len() {
+            let message = format!("replay: the body has {} arguments, {} are given", body.args.len(), args.len());
+            self.fail(location, message);
+            return body.results.iter().map(|&id| self.placeholder(body.aval(id).clone())).collect();
+        }
+        let mut map: HashMap<ValueId, Tensor> = body.args.iter().copied().zip(args.iter().cloned()).collect();
+        for node in &body.nodes {
+            let inputs: Vec<Tensor> = node.inputs.iter().map(|id| map[id].clone()).collect();
+            let results = rewrite(node, &inputs).unwrap_or_else(|| {
+                let outer = std::mem::replace(&mut self.0.borrow_mut().scopes, vec![node.scope.to_string()]);
+                let results = self.record(node.location, node.op.clone(), &inputs.iter().collect::<Vec<_>>());
+                self.0.borrow_mut().scopes = outer;
+                for (result, id) in results.iter().zip(&node.outputs) {
+                    if let Some(name) = &body.values[id.index()].name {
+                        self.0.borrow_mut().frame().body.values[result.id.index()].name = Some(name.clone());
+                    }
+                }
+                results
+            });
+            if results.len() != node.outputs.len() {
+                let found = results.len();
+                let message = format!("replay: {found} results for a node with {}", node.outputs.len());
+                self.fail(node.location, message);
+            }
+            for (i, &id) in node.outputs.iter().enumerate() {
+                let result = results.get(i).cloned();
+                map.insert(id, result.unwrap_or_else(|| self.placeholder(body.aval(id).clone())));
+            }
+        }
+        body.results.iter().map(|id| map[id].clone()).collect()
+    }
+
+    /// The finished module.
+    ///
+    /// Errors: the first mistake that was made, or a graph without outputs.
+    #[track_caller]
+    pub fn finish(&self) -> Result<Module, GraphError> {
+        let location = Location::caller();
+        if self.0.borrow().outputs.is_empty() {
+            self.fail(location, "the graph has no outputs: add one with `output`".into());
+        }
+        let state = self.0.borrow();
+        if let Some(error) = &state.error {
+            return Err(error.clone());
+        }
+        let mut body = state.frames[0].body.clone();
+        body.results = state.outputs.iter().map(|(_, id)| *id).collect();
+        Ok(Module {
+            name: state.name.clone(),
+            mesh: state.sharding.as_ref().map(|(mesh, _)| mesh.clone()),
+            args: state.args.clone(),
+            outputs: state.outputs.iter().map(|(output, _)| output.clone()).collect(),
+            body,
+            functions: state.functions.clone(),
+        })
+    }
+}
+
+impl State {
+    /// The innermost open body.
+    fn frame(&mut self) -> &mut Frame {
+        self.frames.last_mut().expect("the entry function stays open")
+    }
+
+    fn scope_path(&self) -> String {
+        self.scopes.iter().filter(|name| !name.is_empty()).map(String::as_str).collect::<Vec<_>>().join("/")
+    }
+}

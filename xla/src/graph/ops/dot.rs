@@ -1,0 +1,146 @@
+//! The general dot product, which [`einsum`](crate::graph::einsum()) writes by letters.
+
+use super::unary::Class;
+use super::{Op, OpInfo, op_info};
+use crate::DType;
+use crate::graph::aval::{Aval, list};
+use crate::graph::emit::Cx;
+use crate::graph::tensor::Tensor;
+
+/// How exact a dot of f32 tensors is on hardware that has faster, coarser multipliers (TPU, GPU).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Precision {
+    /// The hardware's fastest: on TPU, f32 operands are rounded to bf16.
+    #[default]
+    Default,
+    /// In between: on TPU three bf16 passes.
+    High,
+    /// Full f32.
+    Highest,
+}
+
+/// Products summed over the contracted axes. The result has the batch axes, the left operand's other axes, then the
+/// right operand's.
+#[derive(Clone, Debug)]
+pub struct DotGeneral {
+    /// Axes that are paired and kept: (left, right).
+    pub batch: Vec<(usize, usize)>,
+    /// Axes that are paired and summed over: (left, right).
+    pub contract: Vec<(usize, usize)>,
+    /// Element type of the result, in which the sum is kept.
+    pub dtype: DType,
+    /// What is asked of the hardware.
+    pub precision: Precision,
+}
+
+op_info!(DotGeneral, 2, "dot_general", "products summed over paired axes");
+
+impl DotGeneral {
+    /// The axes of an operand of this rank that are not paired; `side` picks its axis from a pair.
+    fn free(&self, rank: usize, side: impl Fn(&(usize, usize)) -> usize) -> Vec<usize> {
+        let paired: Vec<usize> = self.batch.iter().chain(&self.contract).map(side).collect();
+        (0..rank).filter(|axis| !paired.contains(axis)).collect()
+    }
+}
+
+impl Op for DotGeneral {
+    fn info(&self) -> &'static OpInfo {
+        &Self::INFO
+    }
+
+    fn infer(&self, inputs: &[&Aval]) -> Result<Vec<Aval>, String> {
+        let (left, right) = (inputs[0], inputs[1]);
+        Class::Numeric.check(left)?;
+        Class::Numeric.check(right)?;
+        for (i, &(l, r)) in self.batch.iter().chain(&self.contract).enumerate() {
+            if l >= left.rank() || r >= right.rank() {
+                return Err(format!("axis pair ({l}, {r}) of {left} and {right}: there is no such axis"));
+            }
+            let before = || self.batch.iter().chain(&self.contract).take(i);
+            if before().any(|pair| pair.0 == l || pair.1 == r) {
+                return Err(format!("axis pair ({l}, {r}) of {left} and {right}: an axis is in one pair at most"));
+            }
+            if left.shape[l] != right.shape[r] {
+                let (n, m) = (left.shape[l], right.shape[r]);
+                return Err(format!("axis {l} of {left} has length {n}, axis {r} of {right} has {m}: they are paired"));
+            }
+        }
+        let batch = self.batch.iter().map(|&(l, _)| left.shape[l]);
+        let left_free = self.free(left.rank(), |pair| pair.0).into_iter().map(|axis| left.shape[axis]);
+        let right_free = self.free(right.rank(), |pair| pair.1).into_iter().map(|axis| right.shape[axis]);
+        let shape: Vec<usize> = batch.chain(left_free).chain(right_free).collect();
+        Ok(vec![Aval::new(self.dtype, &shape)])
+    }
+
+    fn stablehlo(&self, cx: &mut Cx<'_, '_>) -> String {
+        let pairs = |pairs: &[(usize, usize)]| {
+            let (left, right): (Vec<usize>, Vec<usize>) = pairs.iter().copied().unzip();
+            format!("{} x {}", list(&left), list(&right))
+        };
+        let mut text = format!("stablehlo.dot_general {}", cx.operands());
+        if !self.batch.is_empty() {
+            text += &format!(", batching_dims = {}", pairs(&self.batch));
+        }
+        text += &format!(", contracting_dims = {}", pairs(&self.contract));
+        match self.precision {
+            Precision::Default => {}
+            Precision::High => text += ", precision = [HIGH, HIGH]",
+            Precision::Highest => text += ", precision = [HIGHEST, HIGHEST]",
+        }
+        format!("{text} : {}", cx.signature())
+    }
+}
+
+impl Tensor {
+    /// Products summed over the `contract` axis pairs (left, right), for each position of the `batch` pairs. The
+    /// result is of type `dtype` (in which the sum is kept) and has the batch axes, this tensor's other axes, then
+    /// the right one's. `einsum` is the readable way to write it.
+    #[track_caller]
+    pub fn dot_general(
+        &self,
+        right: &Tensor,
+        batch: &[(usize, usize)],
+        contract: &[(usize, usize)],
+        dtype: DType,
+    ) -> Tensor {
+        let (batch, contract) = (batch.to_vec(), contract.to_vec());
+        let precision = self.graph.precision();
+        self.graph.apply1(DotGeneral { batch, contract, dtype, precision }, &[self, right])
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::DType::{BF16, F32};
+    use crate::graph::testing::{error, last_line};
+
+    #[test]
+    fn text() {
+        let dot = |precision| {
+            last_line(|g| {
+                g.set_precision(precision);
+                let (x, y) = (g.arg("x", BF16, &[2, 3, 4]), g.arg("y", BF16, &[2, 5, 4]));
+                vec![x.dot_general(&y, &[(0, 0)], &[(2, 2)], F32)]
+            })
+        };
+        assert_eq!(
+            dot(Precision::Default),
+            "%dot_general = stablehlo.dot_general %x, %y, batching_dims = [0] x [0], contracting_dims = [2] x [2] : (tensor<2x3x4xbf16>, tensor<2x5x4xbf16>) -> tensor<2x3x5xf32>"
+        );
+        assert!(dot(Precision::Highest).contains("precision = [HIGHEST, HIGHEST]"));
+    }
+
+    #[test]
+    fn errors() {
+        let dot = |batch: &[(usize, usize)], contract: &[(usize, usize)]| {
+            error(|g| vec![g.arg("x", F32, &[2, 3]).dot_general(&g.arg("y", F32, &[3, 2]), batch, contract, F32)])
+        };
+        assert_eq!(
+            dot(&[], &[(0, 0)]),
+            "dot_general: axis 0 of f32[2,3] has length 2, axis 0 of f32[3,2] has 3: they are paired"
+        );
+        assert!(dot(&[], &[(2, 0)]).contains("there is no such axis"));
+        assert!(dot(&[(0, 1)], &[(0, 1)]).contains("an axis is in one pair at most"));
+    }
+}

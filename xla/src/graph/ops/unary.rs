@@ -1,0 +1,266 @@
+//! Elementwise ops of one operand.
+
+use super::{Op, OpInfo, op_info};
+use crate::DType;
+use crate::graph::aval::Aval;
+use crate::graph::emit::Cx;
+use crate::graph::tensor::Tensor;
+
+/// The element types that an elementwise op takes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Class {
+    /// Floats and integers.
+    Numeric,
+    /// Floats.
+    Float,
+    /// Floats and signed integers.
+    Signed,
+    /// Integers.
+    Integer,
+    /// Integers and `pred`.
+    Bits,
+    /// Everything.
+    Any,
+}
+
+impl Class {
+    /// Whether the type belongs to the class; the error says what would.
+    pub(crate) fn check(self, aval: &Aval) -> Result<(), String> {
+        let dtype = aval.dtype;
+        let (holds, wanted) = match self {
+            Class::Numeric => (dtype != DType::Pred, "a float or integer tensor"),
+            Class::Float => (dtype.is_float(), "a float tensor"),
+            Class::Signed => (dtype.is_float() || dtype.is_signed(), "a float or signed integer tensor"),
+            Class::Integer => (dtype.is_integer(), "an integer tensor"),
+            Class::Bits => (!dtype.is_float(), "an integer or pred tensor"),
+            Class::Any => (true, "any tensor"),
+        };
+        if holds { Ok(()) } else { Err(format!("needs {wanted}, found {aval}: cast it first")) }
+    }
+}
+
+/// Declares ops of one operand: docstring, type, method, class, StableHLO spelling and summary.
+macro_rules! unary {
+    ($($(#[$doc:meta])* $op:ident . $method:ident ($class:ident) $spelling:literal $name:literal $summary:literal;)*) => {
+        $(
+            $(#[$doc])*
+            #[derive(Clone, Debug)]
+            pub struct $op;
+
+            op_info!($op, 1, $name, $summary);
+
+            impl Op for $op {
+                fn info(&self) -> &'static OpInfo {
+                    &Self::INFO
+                }
+
+                fn infer(&self, inputs: &[&Aval]) -> Result<Vec<Aval>, String> {
+                    Class::$class.check(inputs[0])?;
+                    Ok(vec![inputs[0].clone()])
+                }
+
+                fn stablehlo(&self, cx: &mut Cx<'_, '_>) -> String {
+                    format!("{} {} : {}", $spelling, cx.operand(0), cx.output_type(0))
+                }
+            }
+
+            impl Tensor {
+                $(#[$doc])*
+                #[track_caller]
+                pub fn $method(&self) -> Tensor {
+                    self.graph.apply1($op, &[self])
+                }
+            }
+        )*
+    };
+}
+
+unary! {
+    /// |x|.
+    Abs.abs(Signed) "stablehlo.abs" "abs" "absolute value";
+    /// The real cube root, of negative numbers too.
+    Cbrt.cbrt(Float) "stablehlo.cbrt" "cbrt" "cube root";
+    /// The smallest whole number that is not below x.
+    Ceil.ceil(Float) "stablehlo.ceil" "ceil" "round towards plus infinity";
+    /// The number of zero bits above the highest one.
+    Clz.clz(Integer) "stablehlo.count_leading_zeros" "count_leading_zeros" "leading zero bits";
+    /// cos x, x in radians.
+    Cos.cos(Float) "stablehlo.cosine" "cosine" "cosine of radians";
+    /// eˣ.
+    Exp.exp(Float) "stablehlo.exponential" "exponential" "e to the power of x";
+    /// eˣ − 1, accurate near 0.
+    Expm1.expm1(Float) "stablehlo.exponential_minus_one" "exponential_minus_one" "e to the power of x, minus 1";
+    /// The largest whole number that is not above x.
+    Floor.floor(Float) "stablehlo.floor" "floor" "round towards minus infinity";
+    /// ln x.
+    Log.log(Float) "stablehlo.log" "log" "natural logarithm";
+    /// ln(1 + x), accurate near 0.
+    Log1p.log1p(Float) "stablehlo.log_plus_one" "log_plus_one" "natural logarithm of 1 + x";
+    /// 1 / (1 + e^(−x)).
+    Logistic.logistic(Float) "stablehlo.logistic" "logistic" "the sigmoid function";
+    /// −x. Integers wrap.
+    Neg.neg(Numeric) "stablehlo.negate" "negate" "minus x";
+    /// Every bit flipped; for `pred` the logical not.
+    Not.not(Bits) "stablehlo.not" "not" "bits flipped";
+    /// The number of one bits.
+    Popcnt.popcnt(Integer) "stablehlo.popcnt" "popcnt" "one bits";
+    /// The nearest whole number, ties to even.
+    Round.round(Float) "stablehlo.round_nearest_even" "round_nearest_even" "nearest whole number, ties to even";
+    /// The nearest whole number, ties away from zero.
+    RoundAwayFromZero.round_away_from_zero(Float) "stablehlo.round_nearest_afz" "round_nearest_afz" "nearest whole number, ties away from zero";
+    /// 1 / √x.
+    Rsqrt.rsqrt(Float) "stablehlo.rsqrt" "rsqrt" "reciprocal square root";
+    /// −1, 0 or 1 as x is below, at or above zero; NaN stays NaN.
+    Sign.sign(Signed) "stablehlo.sign" "sign" "sign of x";
+    /// sin x, x in radians.
+    Sin.sin(Float) "stablehlo.sine" "sine" "sine of radians";
+    /// √x.
+    Sqrt.sqrt(Float) "stablehlo.sqrt" "sqrt" "square root";
+    /// tan x, x in radians.
+    Tan.tan(Float) "stablehlo.tan" "tan" "tangent of radians";
+    /// tanh x.
+    Tanh.tanh(Float) "stablehlo.tanh" "tanh" "hyperbolic tangent";
+}
+
+/// The error function, 2/√π ∫₀ˣ e^(−t²) dt.
+#[derive(Clone, Debug)]
+pub struct Erf;
+
+op_info!(Erf, 1, "erf", "error function");
+
+impl Op for Erf {
+    fn info(&self) -> &'static OpInfo {
+        &Self::INFO
+    }
+
+    fn infer(&self, inputs: &[&Aval]) -> Result<Vec<Aval>, String> {
+        Class::Float.check(inputs[0])?;
+        Ok(vec![inputs[0].clone()])
+    }
+
+    fn stablehlo(&self, cx: &mut Cx<'_, '_>) -> String {
+        let kind = cx.output_type(0);
+        format!("chlo.erf {} : {kind} -> {kind}", cx.operand(0))
+    }
+}
+
+/// Whether each element is neither infinite nor NaN.
+#[derive(Clone, Debug)]
+pub struct IsFinite;
+
+op_info!(IsFinite, 1, "is_finite", "whether x is neither infinite nor NaN");
+
+impl Op for IsFinite {
+    fn info(&self) -> &'static OpInfo {
+        &Self::INFO
+    }
+
+    fn infer(&self, inputs: &[&Aval]) -> Result<Vec<Aval>, String> {
+        Class::Float.check(inputs[0])?;
+        Ok(vec![Aval::new(DType::Pred, &inputs[0].shape)])
+    }
+
+    fn stablehlo(&self, cx: &mut Cx<'_, '_>) -> String {
+        format!("stablehlo.is_finite {} : {}", cx.operand(0), cx.signature())
+    }
+}
+
+impl Tensor {
+    /// Whether each element is neither infinite nor NaN, as `pred`.
+    #[track_caller]
+    pub fn is_finite(&self) -> Tensor {
+        self.graph.apply1(IsFinite, &[self])
+    }
+
+    /// The error function, 2/√π ∫₀ˣ e^(−t²) dt.
+    #[track_caller]
+    pub fn erf(&self) -> Tensor {
+        self.graph.apply1(Erf, &[self])
+    }
+
+    /// 1 / (1 + e^(−x)); another name of [`Tensor::logistic`].
+    #[track_caller]
+    pub fn sigmoid(&self) -> Tensor {
+        self.logistic()
+    }
+
+    /// x · sigmoid(x) (Elfwing et al. 2017, arXiv:1702.03118).
+    #[track_caller]
+    pub fn silu(&self) -> Tensor {
+        self * self.logistic()
+    }
+
+    /// x · Φ(x) with the error function (Hendrycks and Gimpel 2016, arXiv:1606.08415).
+    #[track_caller]
+    pub fn gelu(&self) -> Tensor {
+        let cdf = ((self * std::f64::consts::FRAC_1_SQRT_2).erf() + 1.0) * 0.5;
+        self * cdf
+    }
+
+    /// The tanh approximation of [`Tensor::gelu`]: x/2 · (1 + tanh(√(2/π) (x + 0.044715 x³))).
+    #[track_caller]
+    pub fn gelu_tanh(&self) -> Tensor {
+        let cubed = self * self * self;
+        let inner = (self + cubed * 0.044715) * (2.0 / std::f64::consts::PI).sqrt();
+        self * ((inner.tanh() + 1.0) * 0.5)
+    }
+
+    /// max(x, 0).
+    #[track_caller]
+    pub fn relu(&self) -> Tensor {
+        self.maximum(0.0)
+    }
+
+    /// x².
+    #[track_caller]
+    pub fn square(&self) -> Tensor {
+        self * self
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::DType::{BF16, F32, I8, I32, Pred, U8};
+    use crate::graph::testing::{error, last_line, lines};
+
+    #[test]
+    fn text() {
+        assert_eq!(last_line(|g| vec![g.arg("x", F32, &[2]).tanh()]), "%tanh = stablehlo.tanh %x : tensor<2xf32>");
+        assert_eq!(last_line(|g| vec![-g.arg("x", I8, &[])]), "%negate = stablehlo.negate %x : tensor<i8>");
+        assert_eq!(
+            last_line(|g| vec![g.arg("x", BF16, &[2]).erf()]),
+            "%erf = chlo.erf %x : tensor<2xbf16> -> tensor<2xbf16>"
+        );
+        assert_eq!(
+            last_line(|g| vec![g.arg("x", F32, &[2]).is_finite()]),
+            "%is_finite = stablehlo.is_finite %x : (tensor<2xf32>) -> tensor<2xi1>"
+        );
+    }
+
+    #[test]
+    fn composites() {
+        assert_eq!(
+            lines(|g| vec![g.arg("x", F32, &[2]).silu()]),
+            [
+                "%logistic = stablehlo.logistic %x : tensor<2xf32>",
+                "%multiply = stablehlo.multiply %x, %logistic : tensor<2xf32>"
+            ]
+        );
+        assert!(lines(|g| vec![g.arg("x", F32, &[2]).gelu()]).iter().any(|line| line.contains("chlo.erf")));
+        assert!(lines(|g| vec![g.arg("x", F32, &[2]).gelu_tanh()]).iter().any(|line| line.contains("stablehlo.tanh")));
+        assert!(last_line(|g| vec![g.arg("x", F32, &[2]).relu()]).contains("stablehlo.maximum %x, %constant"));
+    }
+
+    #[test]
+    fn errors() {
+        assert_eq!(
+            error(|g| vec![g.arg("x", I32, &[2]).exp()]),
+            "exponential: needs a float tensor, found i32[2]: cast it first"
+        );
+        assert!(error(|g| vec![g.arg("x", U8, &[2]).abs()]).contains("a float or signed integer tensor"));
+        assert!(error(|g| vec![!g.arg("x", F32, &[2])]).contains("an integer or pred tensor"));
+        assert!(error(|g| vec![-g.arg("x", Pred, &[2])]).contains("a float or integer tensor"));
+        assert!(error(|g| vec![g.arg("x", F32, &[2]).popcnt()]).contains("an integer tensor"));
+    }
+}
