@@ -11,10 +11,10 @@ known, which needs the last position's logits only; decoding is one step a token
 ratios, since a machine's speed drifts.
 
 Peers are installed on first use, each into a virtual environment in the cache folder (XDG_CACHE_HOME or ~/.cache, then
-xllama/venvs), pinned below: jax 0.7 GB; torch 5.6 GB (shared with make_golden.py); llama.cpp is compiled from the source
-package of llama-cpp-python for this very CPU, which needs a C++ compiler and takes 5 to 30 minutes, once.
-Needs python >= 3.11 with venv and pip, `cargo build --release` before, and an idle machine: on a busy one, engines whose
-threads spin while they wait for each other (torch, llama.cpp) lose far more than the others.
+xllama/venvs), pinned below: jax 0.7 GB; torch 5.6 GB (shared with make_golden.py); llama.cpp is compiled from the
+source package of llama-cpp-python for this very CPU, which needs a C++ compiler and takes 5 to 30 minutes, once.
+Needs python >= 3.11 with venv and pip, `cargo build --release` before, and an idle machine: on a busy one, engines
+whose threads spin while they wait for each other (torch, llama.cpp) lose far more than the others.
 """
 
 import argparse
@@ -32,7 +32,7 @@ import time
 from pathlib import Path
 
 PEERS = {
-    "jax": ("jax", ["jax[cpu]==0.10.2", "numpy==2.4.6", "tokenizers==0.23.3"], []),
+    "jax": ("jax", ["jax[cpu]==0.10.2", "jaxlib==0.10.2", "numpy==2.4.6", "tokenizers==0.23.3"], []),
     "torch": (
         "golden",
         ["torch==2.15.0", "transformers==5.23.0", "safetensors==0.8.0", "tokenizers==0.23.3", "numpy==2.4.6"],
@@ -130,7 +130,10 @@ class Engine:
         try:
             return json.loads(line)
         except ValueError:
-            self.process.kill()
+            try:
+                self.process.wait(5)  # the end of its log
+            except subprocess.TimeoutExpired:
+                self.process.kill()
             last = self.log.read_text(errors="replace").strip().splitlines()[-3:]
             raise BenchError(
                 f"{self.name} ended or answered with no JSON ({line.strip()!r}); its log {self.log} ends: "
@@ -160,6 +163,7 @@ class Engine:
 def find_xllama(args):
     target = Path(os.environ.get("CARGO_TARGET_DIR") or REPOSITORY / "target") / "release" / "xllama"
     binary = args.xllama or (target if target.exists() else shutil.which("xllama"))
+    binary = binary and shutil.which(binary)
     if not binary:
         raise BenchError(f"no xllama binary: expected {target} (cargo build --release) or --xllama BIN")
     return str(binary)
@@ -315,14 +319,10 @@ def report(args, versions, samples, greedy, left_out, busy):
         s = summary(values)
         return f"{s['median']:8.1f} ({s['min']:.1f}–{s['max']:.1f})"
 
-    print(
-        f"{result['model']}, {args.dtype}, batch 1, {cpu}, {result['cores']} cores; tok/s, median (min–max) of {args.repeat} rounds",
-        file=table,
-    )
-    print(
-        f"{'':10} {f'prefill {args.prompt_tokens}':>28} {'ours / it':>10} {f'decode {args.gen_tokens}':>28} {'ours / it':>10}",
-        file=table,
-    )
+    print(f"{result['model']}, {args.dtype}, batch 1, {cpu}, {result['cores']} cores", file=table)
+    print(f"tok/s, median (min–max) of {args.repeat} rounds", file=table)
+    prefill, decode = f"prefill {args.prompt_tokens}", f"decode {args.gen_tokens}"
+    print(f"{'':10} {prefill:>28} {'ours / it':>10} {decode:>28} {'ours / it':>10}", file=table)
     for name, s in samples.items():
         ratio = {key: f"{ratios[name][key]:.2f}" if name in ratios else "" for key in s}
         print(
@@ -346,7 +346,7 @@ def report(args, versions, samples, greedy, left_out, busy):
 
 
 def serve(args):
-    """Answers the driver. An engine is a function (ids, count) -> (prefill seconds, decode seconds, 1 + count tokens)."""
+    """Answers the driver. An engine maps (ids, count) to (prefill seconds, decode seconds, 1 + count tokens)."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # libraries may print what they like
     config = json.loads((Path(args.model) / "config.json").read_text())
@@ -430,11 +430,12 @@ def sizes(config):
 
 
 def jax_engine(args, config):
-    """A jitted Llama as one writes it for speed: weights are device arrays in (in, out) order with q, k, v and gate, up
-    joined so that each is one matrix product; the loop over layers is unrolled; the key/value cache is static and
-    donated; prefill attends within the prompt only and computes the last position's logits; argmax is on the device;
-    decoding feeds each step's token and position arrays straight to the next, so that dispatch runs ahead of the work
-    and nothing comes back to the host before the end."""
+    """A jitted Llama as one writes it for speed: weights are device arrays, q, k, v and gate, up joined into one matrix
+    product each; the loop over layers is unrolled; the key/value cache is static and donated; prefill attends within
+    the prompt only and computes the last position's logits; argmax is on the device; decoding feeds each step's token
+    and position arrays straight to the next, so that dispatch runs ahead of the work and nothing comes back to the host
+    before the end. Weights are (in, out) in f32 and (out, in) in bf16: of the two, the one that XLA's CPU compiler
+    decodes faster (SmolLM2, 2 cores: 29 against 13 tok/s in f32, 16 against 3 in bf16; prefill does not care)."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -451,10 +452,14 @@ def jax_engine(args, config):
     if any(name.endswith(".bias") for name in w):
         raise BenchError("a checkpoint with biases is not supported by the jax peer")
 
+    def matrix(a):  # (out, in) as in the checkpoint
+        return jax.device_put(np.ascontiguousarray(a.T if dtype == jnp.float32 else a).astype(dtype))
+
+    def product(x, a):
+        return x @ (a if dtype == jnp.float32 else a.T)
+
     def joined(layer, *names):
-        return jax.device_put(
-            np.concatenate([w[f"model.layers.{layer}.{n}.weight"].T for n in names], axis=1).astype(dtype)
-        )
+        return matrix(np.concatenate([w[f"model.layers.{layer}.{n}.weight"] for n in names]))
 
     def vector(name):
         return jax.device_put(w[name].astype(dtype))
@@ -474,8 +479,7 @@ def jax_engine(args, config):
             for i in range(layers)
         ],
     }
-    params["head"] = jax.device_put(w.get("lm_head.weight", w["model.embed_tokens.weight"]).T.astype(dtype))
-    del w
+    params["head"] = matrix(w.get("lm_head.weight", w["model.embed_tokens.weight"]))
 
     def rms_norm(x, weight):
         x32 = x.astype(jnp.float32)
@@ -494,7 +498,7 @@ def jax_engine(args, config):
         visible = jnp.arange(t if t > 1 else capacity)[None, :] <= positions[:, None]
         x, new_cache = params["embedding"][tokens], []
         for p, (keys, values) in zip(params["layers"], cache):
-            qkv = (rms_norm(x, p["norm1"]) @ p["qkv"]).reshape(t, h + 2 * g, k).transpose(1, 0, 2)
+            qkv = product(rms_norm(x, p["norm1"]), p["qkv"]).reshape(t, h + 2 * g, k).transpose(1, 0, 2)
             q, key, value = rotate(qkv[:h], cos, sin), rotate(qkv[h : h + g], cos, sin), qkv[h + g :]
             keys = jax.lax.dynamic_update_slice(keys, key, (0, start, 0))
             values = jax.lax.dynamic_update_slice(values, value, (0, start, 0))
@@ -504,10 +508,10 @@ def jax_engine(args, config):
             scores = jnp.einsum("grtk,gsk->grts", q.reshape(g, h // g, t, k), key, preferred_element_type=jnp.float32)
             weights = jax.nn.softmax(jnp.where(visible, scores * k**-0.5, -jnp.inf), axis=-1).astype(dtype)
             mixed = jnp.einsum("grts,gsk->tgrk", weights, value).reshape(t, h * k)
-            x = x + mixed @ p["o"]
-            gate, up = jnp.split(rms_norm(x, p["norm2"]) @ p["gate_up"], 2, axis=-1)
-            x = x + (act(gate) * up) @ p["down"]
-        logits = rms_norm(x[-1:], params["norm"]) @ params["head"]
+            x = x + product(mixed, p["o"])
+            gate, up = jnp.split(product(rms_norm(x, p["norm2"]), p["gate_up"]), 2, axis=-1)
+            x = x + product(act(gate) * up, p["down"])
+        logits = product(rms_norm(x[-1:], params["norm"]), params["head"])
         return jnp.argmax(logits, axis=-1).astype(jnp.int32), new_cache, start + t
 
     step = jax.jit(forward, donate_argnums=1)

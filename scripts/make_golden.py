@@ -3,8 +3,8 @@
 
     python3 scripts/make_golden.py [--out golden] [--cases NAME ...]
         small random checkpoints (written too) and their goldens
-    python3 scripts/make_golden.py --model DIR --out DIR [--name NAME] [--text FILE | --tokens-file F.npy] [--prompts P ...]
-        the golden of a checkpoint in Hugging Face form, for instance one that `xllama export-hf smollm2-135m DIR` wrote;
+    python3 scripts/make_golden.py --model DIR --out DIR [--name NAME] [--text FILE | --tokens-file F.npy] [--prompts …]
+        the golden of a checkpoint in Hugging Face form, for instance that of `xllama export-hf smollm2-135m DIR`;
         nothing of the checkpoint is copied
 
 Needs python >= 3.11 with venv and pip. The pinned packages below are installed once into a virtual environment in the
@@ -323,7 +323,7 @@ def load(folder, dtype, attention=None):
 class Exact:
     """While open, transformers' Llama computes in the model's own dtype throughout.
 
-    Its RMSNorm, the angles of its rotary embedding and its eager softmax compute in float32 whatever the dtype is, which
+    Its RMSNorm, the angles of its rotary embedding and its eager softmax compute in float32 whatever the dtype is, and
     would leave float32 rounding in a float64 run. The inverse frequencies stay the float32 numbers that they are in the
     definition. Formulas unchanged."""
 
@@ -430,7 +430,7 @@ def logsumexp(x):
 
 
 def kl(golden, other, ids=None):
-    """Per-position KL(golden || other) in nats from logits (T, V); with `ids` (T, k) over those and one class for the rest."""
+    """KL(golden || other) in nats from logits (T, V); with `ids` (T, k), over those and a class for the rest."""
     import numpy as np
 
     def log_probabilities(x):
@@ -453,8 +453,8 @@ def relative_error(a, golden):
 
 
 def misreadings(model, cfg):
-    """name -> (how to spoil the model, smallest KL that must result). Each entry is a mistake an implementation can make;
-    where it hardly moved the output, the golden could not catch it."""
+    """name -> (how to spoil the model, smallest KL that must result). Each entry is a mistake an implementation
+    can make; where it hardly moved the output, the golden could not catch it."""
     import torch
 
     h, g, k = cfg.num_attention_heads, cfg.num_key_value_heads, cfg.head_dim
@@ -550,7 +550,9 @@ def sensitivity(folder, tokens, golden):
 def write_json(path, value):
     text = json.dumps(value, indent=2, ensure_ascii=False)
     text = re.sub(r"\[[-\d,\s]*\]", lambda m: re.sub(r"\s+", " ", m[0]).replace("[ ", "[").replace(" ]", "]"), text)
-    Path(path).write_text(text + "\n", encoding="utf-8")
+    partial = Path(f"{path}.partial")
+    partial.write_text(text + "\n", encoding="utf-8")
+    partial.replace(path)
 
 
 def write_npz(path, arrays):
@@ -597,7 +599,7 @@ def before_a_tie(text, tokens, margins):
 
 
 def golden(folder, tokens, prompts, layers, reference, bf16):
-    """Arrays for the npz, and the part of the manifest's entry that follows from the model. `prompts`: (text or None, ids)."""
+    """Arrays for the npz, float64 logits, and what the manifest says of them. `prompts`: (text or None, ids)."""
     import numpy as np
 
     model = load(folder, reference, "eager")
@@ -689,7 +691,7 @@ def finish(out, entry):
     write_json(path, {"format": FORMAT, "version": VERSION, "tolerances": TOLERANCES, "cases": cases})
     f32, bf16 = entry["pytorch"]["f32"], entry["pytorch"]["bf16"]
     print(
-        f"{entry['name']:18} T {entry['positions']:4}  V {entry['vocab_size']:6}  PyTorch f32 KL max {f32['kl_max']:.1e}"
+        f"{entry['name']:18} T {entry['positions']:4}  V {entry['vocab_size']:6}  PyTorch: f32 KL {f32['kl_max']:.1e}"
         + (f"  activations {f32['activation_relative_max']:.1e}" if entry["activations"] else "")
         + (f"  bf16 KL mean {bf16['kl_mean']:.1e} max {bf16['kl_max']:.1e}" if bf16 else "")
         + f"  greedy margin {min((g['min_margin'] for g in entry['greedy']), default=float('nan')):.1e}"

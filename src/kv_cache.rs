@@ -59,7 +59,8 @@ impl<T> KvCache<T> {
     /// The inverse of [`KvCache::iter`]: `arrays` yields k then v of each of `n_layers` layers.
     pub fn from_arrays(n_layers: usize, arrays: impl IntoIterator<Item = T>) -> Option<KvCache<T>> {
         let mut arrays = arrays.into_iter();
-        let layers = (0..n_layers).map(|_| Some(LayerCache { k: arrays.next()?, v: arrays.next()? })).collect::<Option<_>>()?;
+        let layers =
+            (0..n_layers).map(|_| Some(LayerCache { k: arrays.next()?, v: arrays.next()? })).collect::<Option<_>>()?;
         Some(KvCache { layers })
     }
 }

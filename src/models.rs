@@ -95,7 +95,8 @@ fn packaged(
         fs::remove_dir_all(&folder).map_err(Error::io("removing the damaged", &folder))?;
     }
     let convert = ConvertOptions { dtype: Some(DType::BF16), ..ConvertOptions::default() };
-    let done = converter::convert(&gguf, &folder, &convert, &|done, total| progress(Progress::Convert(done, total)), cancel);
+    let done =
+        converter::convert(&gguf, &folder, &convert, &|done, total| progress(Progress::Convert(done, total)), cancel);
     match done {
         Ok(_) => Ok(folder),
         // Another process may have put it there meanwhile.

@@ -8,15 +8,13 @@ use converter::Checkpoint;
 pub use converter::layout::{Attention, DecoderBlock, Llama, Mlp, Param};
 use xla::DType;
 use xla::graph::{ArgAttrs, Graph, Tensor};
-use xla::pjrt::{Buffer, Client, Device, HostData};
+use xla::pjrt::{Buffer, Client, Device, HostData, MappedBytes};
 
 use crate::Error;
 
 /// Declares every parameter as an argument of the graph, in tree order.
 pub fn declare_args(g: &Graph, params: &Llama<Param>, dtype: DType) -> Llama<Tensor> {
-    params.as_ref().map(&mut |p: &Param| {
-        g.arg_with(&p.name, dtype, &p.shape, ArgAttrs { sharding: Some(&p.logical) })
-    })
+    params.as_ref().map(&mut |p: &Param| g.arg_with(&p.name, dtype, &p.shape, ArgAttrs { sharding: Some(&p.logical) }))
 }
 
 /// Puts every parameter on the device as `dtype`, in tree order. Arrays that lie in a converted file as they are
@@ -36,9 +34,9 @@ pub fn upload(
     let (next, done) = (AtomicUsize::new(0), AtomicU64::new(0));
     let one = |p: &Param| -> Result<Buffer, Error> {
         let host_dtype = host_dtype(dtype)?;
-        let mapped = if p.dtype == host_dtype { checkpoint.mapped(p)? } else { None };
-        let data = match mapped {
-            Some(mapped) => HostData::Shared(Arc::new(mapped)),
+        let place = if p.dtype == host_dtype { checkpoint.place(p)? } else { None };
+        let data = match place {
+            Some(bytes) => HostData::Shared(Arc::new(MappedBytes::new(&bytes.file, bytes.range)?)),
             None => HostData::Shared(Arc::new(checkpoint.read(p, host_dtype)?)),
         };
         let buffer = client.upload(data, dtype, &p.shape, Some(device))?;

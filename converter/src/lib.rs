@@ -2,7 +2,7 @@
 //!
 //! [`Checkpoint::open`] reads the headers of a Hugging Face folder, a folder written by [`convert`], or a GGUF file, and
 //! checks every tensor against the tree of parameters that its configuration declares ([`layout`]). Tensors are then
-//! read one by one in per-head form, mapped in place, or streamed to another folder ([`convert`], [`export_hf`]).
+//! read one by one in per-head form, used in place, or streamed to another folder ([`convert`], [`export_hf`]).
 //! This crate knows no PJRT and no graph.
 
 mod array;
@@ -26,4 +26,4 @@ pub use convert::{ConvertOptions, Report, convert, export_hf};
 pub use dtype::DType;
 pub use error::{Error, Result};
 pub use layout::{Attention, DecoderBlock, Layout, Llama, Mlp, Param};
-pub use shard::Mapped;
+pub use shard::FileBytes;

@@ -9,9 +9,8 @@ use std::fs::File;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 
-use memmap2::Mmap;
 use safetensors::tensor::TensorInfo;
 use serde::Deserialize;
 use serde::de::{Deserializer, MapAccess, Visitor};
@@ -33,8 +32,7 @@ pub(crate) struct Shard {
     pub(crate) metadata: HashMap<String, String>,
     /// Name, type, shape, and place in the file, in the order of the places.
     pub(crate) tensors: Vec<Stored>,
-    file: File,
-    map: OnceLock<Arc<Mmap>>,
+    file: Arc<File>,
 }
 
 /// Where one tensor lies.
@@ -55,7 +53,7 @@ impl Shard {
             return Err(Error::format(path, "not a regular file"));
         }
         let (metadata, tensors) = read_header(&file, status.len(), path)?;
-        Ok(Shard { path: path.to_path_buf(), metadata, tensors, file, map: OnceLock::new() })
+        Ok(Shard { path: path.to_path_buf(), metadata, tensors, file: Arc::new(file) })
     }
 
     /// Fills `buffer` from `offset` of the file.
@@ -63,40 +61,26 @@ impl Shard {
         self.file.read_exact_at(buffer, offset).map_err(Error::io(&self.path, "reading"))
     }
 
-    /// A view of bytes of the file without copying them; `None` where they do not begin at a multiple of 64.
-    pub(crate) fn mapped(&self, range: &Range<u64>) -> Result<Option<Mapped>> {
+    /// Bytes of the file that can be used in place; `None` where they do not begin at a multiple of 64.
+    pub(crate) fn place(&self, range: &Range<u64>) -> Result<Option<FileBytes>> {
         if !range.start.is_multiple_of(ALIGNMENT as u64) {
             return Ok(None);
         }
-        let map = match self.map.get() {
-            Some(map) => map.clone(),
-            None => {
-                // SAFETY: the mapping is read-only and private to this process' view; it stays valid as long as the
-                // file is not truncated by someone else, which ends the process with SIGBUS rather than corrupting it.
-                // Checkpoints written by this crate appear by rename and are never modified in place.
-                let map = unsafe { Mmap::map(&self.file) }.map_err(Error::io(&self.path, "mapping"))?;
-                self.map.get_or_init(|| Arc::new(map)).clone()
-            }
-        };
-        let range = range.start as usize..range.end as usize;
-        if map.len() < range.end {
+        let len = self.file.metadata().map_err(Error::io(&self.path, "reading"))?.len();
+        if len < range.end {
             return Err(Error::format(&self.path, "the file has become shorter since it was opened"));
         }
-        Ok(Some(Mapped { map, range }))
+        Ok(Some(FileBytes { file: self.file.clone(), range: range.clone() }))
     }
 }
 
-/// Bytes of a file, seen through a memory map that lives as long as this.
+/// Bytes of an open file, at a multiple of 64: for whoever can use them where they lie.
 #[derive(Clone, Debug)]
-pub struct Mapped {
-    map: Arc<Mmap>,
-    range: Range<usize>,
-}
-
-impl AsRef<[u8]> for Mapped {
-    fn as_ref(&self) -> &[u8] {
-        &self.map[self.range.clone()]
-    }
+pub struct FileBytes {
+    /// The file, open for reading.
+    pub file: Arc<File>,
+    /// Where in the file.
+    pub range: Range<u64>,
 }
 
 /// Reads and checks the header of a file of `len` bytes.

@@ -60,7 +60,8 @@ impl Args {
         let mut session = Session::new(&loaded.engine, 1, len + CHUNKS[CHUNKS.len() - 1])?;
         compile(context, &loaded.engine, &session, 1, options.sampling.spec())?;
 
-        let mut talk = Conversation { tokenizer: &tokenizer, template: &template, messages: Vec::new(), cached: Vec::new(), len };
+        let mut talk =
+            Conversation { tokenizer: &tokenizer, template: &template, messages: Vec::new(), cached: Vec::new(), len };
         talk.messages.extend(self.system.as_ref().map(|s| Message::new("system", s)));
         let prompt = std::io::stdin().is_terminal() && !context.json;
         let mut lines = std::io::stdin().lock().lines();

@@ -14,7 +14,9 @@ use super::progress::mebibytes;
 
 /// Turn a Hugging Face folder or a GGUF file into per-head parameters.
 #[derive(clap::Args)]
-#[command(after_help = "Example:\n  xllama convert-params ~/models/Llama-3.2-1B ~/models/Llama-3.2-1B.params --dtype bf16")]
+#[command(
+    after_help = "Example:\n  xllama convert-params ~/models/Llama-3.2-1B ~/models/Llama-3.2-1B.params --dtype bf16"
+)]
 pub struct ConvertArgs {
     #[command(flatten)]
     paths: Paths,

@@ -47,7 +47,13 @@ impl Args {
                 .map(|d| {
                     let bytes = |key: &str| d[key].as_u64().map_or("unknown".into(), mebibytes);
                     let text = |key: &str| d[key].as_str().unwrap_or_default().to_string();
-                    vec![d["id"].to_string(), text("kind"), text("description"), bytes("bytes_in_use"), bytes("bytes_limit")]
+                    vec![
+                        d["id"].to_string(),
+                        text("kind"),
+                        text("description"),
+                        bytes("bytes_in_use"),
+                        bytes("bytes_limit"),
+                    ]
                 })
                 .collect();
             table::print(&["id", "kind", "description", "in use", "limit"], &rows, &[0, 3, 4]);

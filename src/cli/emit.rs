@@ -100,7 +100,8 @@ fn optimized(plugin: &Path, text: &str) -> anyhow::Result<String> {
     options.env_options.insert("xla_dump_to".into(), OptionOverride::Str(dump));
     options.env_options.insert("xla_dump_hlo_as_text".into(), OptionOverride::Bool(true));
     client.compile(text, &options)?;
-    let mut files: Vec<PathBuf> = std::fs::read_dir(folder.path())?.map(|e| Ok(e?.path())).collect::<std::io::Result<_>>()?;
+    let mut files: Vec<PathBuf> =
+        std::fs::read_dir(folder.path())?.map(|e| Ok(e?.path())).collect::<std::io::Result<_>>()?;
     files.retain(|p| p.to_string_lossy().ends_with("after_optimizations.txt"));
     files.sort();
     let file = files.last().ok_or_else(|| Error::Device {

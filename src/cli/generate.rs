@@ -162,7 +162,12 @@ pub fn compile(
 }
 
 /// The ids of a prompt: through the chat template if asked for; an empty prompt begins with the model's own first id.
-pub fn prompt_ids(checkpoint: &Checkpoint, tokenizer: &Tokenizer, prompt: &str, chat: bool) -> anyhow::Result<Vec<u32>> {
+pub fn prompt_ids(
+    checkpoint: &Checkpoint,
+    tokenizer: &Tokenizer,
+    prompt: &str,
+    chat: bool,
+) -> anyhow::Result<Vec<u32>> {
     let ids = if chat {
         let template = ChatTemplate::of_checkpoint(checkpoint)?;
         let options = RenderOptions { add_generation_prompt: true, ..RenderOptions::default() };
@@ -174,12 +179,19 @@ pub fn prompt_ids(checkpoint: &Checkpoint, tokenizer: &Tokenizer, prompt: &str, 
     match (ids.is_empty(), bos) {
         (false, _) => Ok(ids),
         (true, Some(bos)) => Ok(vec![bos]),
-        (true, None) => Err(Error::Empty("the prompt has no tokens and the model has no first token; give a prompt".into()).into()),
+        (true, None) => {
+            Err(Error::Empty("the prompt has no tokens and the model has no first token; give a prompt".into()).into())
+        }
     }
 }
 
 /// Positions for a prompt and its continuation, within `--max-seq` and what the model was made for.
-pub fn context_len(checkpoint: &Checkpoint, prompt: usize, max_tokens: usize, max_seq: Option<usize>) -> Result<usize, Error> {
+pub fn context_len(
+    checkpoint: &Checkpoint,
+    prompt: usize,
+    max_tokens: usize,
+    max_seq: Option<usize>,
+) -> Result<usize, Error> {
     let trained = checkpoint.config().max_position_embeddings;
     if let Some(asked) = max_seq
         && (asked == 0 || asked > trained)

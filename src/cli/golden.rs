@@ -46,17 +46,18 @@ impl Args {
             context.reporter.say(&format!("checking {}", case.name));
             let checkpoint = ModelArg { model: case.model(&dir, model.as_deref()) }.open(context)?;
             let load = |checkpoint: &converter::Checkpoint, dtype| {
-                let args = ModelArgs {
-                    model: ModelArg { model: String::new() },
-                    device: device.clone(),
-                    dtype: Some(dtype),
-                };
+                let args =
+                    ModelArgs { model: ModelArg { model: String::new() }, device: device.clone(), dtype: Some(dtype) };
                 args.engine(context, &plugin, checkpoint)
             };
             rows.extend(check(case, &dir, &manifest, &checkpoint, &load)?);
         }
         if rows.is_empty() {
-            anyhow::bail!("{}: no case to check{}", dir.display(), wanted.map_or(String::new(), |w| format!(" with {w:?} in its name")));
+            anyhow::bail!(
+                "{}: no case to check{}",
+                dir.display(),
+                wanted.map_or(String::new(), |w| format!(" with {w:?} in its name"))
+            );
         }
         context.reporter.clear();
         let failed = rows.iter().filter(|r| !r.pass).count();

@@ -89,7 +89,12 @@ pub fn main(started: Instant) -> ExitCode {
     let cli = Cli::parse();
     let level = if cli.quiet { "error" } else { "warn" };
     let filter = EnvFilter::try_from_env("XLLAMA_LOG").unwrap_or_else(|_| EnvFilter::new(level));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).without_time().with_target(false).init();
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .without_time()
+        .with_target(false)
+        .init();
     let interrupt = match Interrupt::install() {
         Ok(interrupt) => interrupt,
         Err(e) => return fail(&e),

@@ -82,7 +82,9 @@ impl ModelArg {
         let guard = context.interrupt.watch();
         let report = |p: models::Progress<'_>| match p {
             models::Progress::Fetch(p) => report_fetch(context, &p),
-            models::Progress::Convert(done, total) => context.reporter.bytes(&format!("converting {}", self.model), done, total),
+            models::Progress::Convert(done, total) => {
+                context.reporter.bytes(&format!("converting {}", self.model), done, total)
+            }
         };
         let path = models::resolve(&self.model, &fetch_options(context), guard.flag(), &report)?;
         context.reporter.clear();
@@ -115,7 +117,12 @@ impl ModelArgs {
     }
 
     /// The same for a checkpoint that is open already.
-    pub fn load_checkpoint(&self, context: &Context, plugin: PathBuf, checkpoint: Checkpoint) -> anyhow::Result<Loaded> {
+    pub fn load_checkpoint(
+        &self,
+        context: &Context,
+        plugin: PathBuf,
+        checkpoint: Checkpoint,
+    ) -> anyhow::Result<Loaded> {
         let started = Instant::now();
         let engine = self.engine(context, &plugin, &checkpoint)?;
         Ok(Loaded { engine, checkpoint, load_time: started.elapsed() })

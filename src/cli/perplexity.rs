@@ -41,7 +41,10 @@ impl Args {
         let checkpoint = self.model.model.open(context)?;
         let trained = checkpoint.config().max_position_embeddings;
         if self.context < 2 || self.context > trained {
-            let what = format!("must be between 2 and {trained} (max_position_embeddings of the model), found {}", self.context);
+            let what = format!(
+                "must be between 2 and {trained} (max_position_embeddings of the model), found {}",
+                self.context
+            );
             return Err(Error::Option { name: "context".into(), what }.into());
         }
         if stride == 0 || stride > self.context {
@@ -60,7 +63,9 @@ impl Args {
         let mut ids = loaded.tokenizer()?.encode(&text, true)?;
         ids.truncate(self.max_tokens.unwrap_or(usize::MAX));
         if ids.len() < 2 {
-            return Err(Error::Empty(format!("{} has {} tokens, two are needed", self.file.display(), ids.len())).into());
+            return Err(
+                Error::Empty(format!("{} has {} tokens, two are needed", self.file.display(), ids.len())).into()
+            );
         }
         let guard = context.interrupt.watch();
         let windows = Windows { context: self.context, stride };

@@ -96,14 +96,19 @@ fn install(context: &Context, kind: PluginKind, name: Option<&str>) -> anyhow::R
         None => wheel::default_build(kind).map_err(xllama::Error::from)?,
         Some(name) => wheel::builds(kind).find(|b| b.name == name).ok_or_else(|| {
             let known: Vec<&str> = wheel::builds(kind).map(|b| b.name).collect();
-            xllama::Error::Option { name: "build".into(), what: format!("must be one of {}, found {name}", known.join(", ")) }
+            xllama::Error::Option {
+                name: "build".into(),
+                what: format!("must be one of {}, found {name}", known.join(", ")),
+            }
         })?,
     };
     let _guard = context.interrupt.watch();
     let path = wheel::install(build, &fetch_options(context), &mut |p| report_fetch(context, &p))
         .map_err(xllama::Error::from)?;
     context.reporter.clear();
-    context.print(&json!({ "name": build.name, "version": build.version(), "path": path }), || println!("{}", path.display()));
+    context.print(&json!({ "name": build.name, "version": build.version(), "path": path }), || {
+        println!("{}", path.display())
+    });
     Ok(ExitCode::SUCCESS)
 }
 

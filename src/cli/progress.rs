@@ -22,6 +22,7 @@ pub struct Reporter {
 struct Work {
     label: String,
     bar: ProgressBar,
+    finished: bool,
 }
 
 impl Reporter {
@@ -42,23 +43,23 @@ impl Reporter {
             if let Some(work) = current.take() {
                 work.bar.finish_and_clear();
             }
-            *current = Some(Work { label: label.into(), bar: self.bar(label, total) });
+            *current = Some(Work { label: label.into(), bar: self.bar(label, total), finished: false });
         }
-        let Some(work) = current.as_ref() else { return };
+        let Some(work) = current.as_mut().filter(|w| !w.finished) else { return };
         work.bar.set_length(total.max(done));
         work.bar.set_position(done);
+        let finished = total > 0 && done >= total;
         if !self.terminal {
             let now = self.started.elapsed().as_millis() as u64;
             let due = now.saturating_sub(self.last_plain.load(Ordering::Relaxed)) >= PLAIN_EVERY.as_millis() as u64;
-            let finished = total > 0 && done >= total;
             if is_new || finished || due {
                 self.last_plain.store(now, Ordering::Relaxed);
                 eprintln!("{label}: {} of {}", mebibytes(done), mebibytes(total));
             }
         }
-        if total > 0 && done >= total {
+        if finished {
             work.bar.finish_and_clear();
-            *current = None;
+            work.finished = true;
         }
     }
 
@@ -76,7 +77,7 @@ impl Reporter {
         bar.set_draw_target(ProgressDrawTarget::stderr());
         bar.enable_steady_tick(Duration::from_millis(100));
         if let Ok(mut current) = self.current.lock() {
-            *current = Some(Work { label: message.into(), bar });
+            *current = Some(Work { label: message.into(), bar, finished: false });
         }
     }
 

@@ -48,7 +48,11 @@ impl SamplingArgs {
         let sampled = generation_config.filter(|c| c["do_sample"].as_bool() == Some(true));
         let number = |key: &str| sampled.and_then(|c| c[key].as_f64()).map(|x| x as f32);
         SamplingOptions {
-            temperature: self.temperature.or(number("temperature")).unwrap_or(if sampled.is_some() { 1.0 } else { 0.0 }),
+            temperature: self.temperature.or(number("temperature")).unwrap_or(if sampled.is_some() {
+                1.0
+            } else {
+                0.0
+            }),
             top_k: self.top_k.or(number("top_k").map(|k| k as usize)).unwrap_or(0),
             top_p: self.top_p.or(number("top_p")).unwrap_or(1.0),
             min_p: self.min_p.or(number("min_p")).unwrap_or(0.0),

@@ -80,7 +80,12 @@ impl SamplingOptions {
         check(self.presence_penalty.is_finite(), "presence-penalty", "a finite number", self.presence_penalty)?;
         check(self.frequency_penalty.is_finite(), "frequency-penalty", "a finite number", self.frequency_penalty)?;
         for &(id, bias) in &self.logit_bias {
-            check(!bias.is_nan() && bias < f32::INFINITY, "logit-bias", "a finite number, or -inf to forbid an id", bias)?;
+            check(
+                !bias.is_nan() && bias < f32::INFINITY,
+                "logit-bias",
+                "a finite number, or -inf to forbid an id",
+                bias,
+            )?;
             if id as usize >= vocab {
                 return Err(Error::TokenId { id: i64::from(id), vocab, place: "logit-bias".into() });
             }

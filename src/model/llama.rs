@@ -101,9 +101,14 @@ pub fn decoder_block(
 /// Logits (B, S, V) in f32 of normalised hidden states (B, S, M); a tied head reads the embedding (V, M).
 #[track_caller]
 pub fn lm_head(p: &Llama<Tensor>, hidden: &Tensor) -> Tensor {
-    let (equation, weight) = match &p.lm_head {
-        Some(weight) => ("BSM,MV->BSV", weight),
-        None => ("BSM,VM->BSV", &p.embedding),
+    let rows = hidden.dim(0) * hidden.dim(1);
+    let weight = p.lm_head.as_ref().unwrap_or(&p.embedding);
+    let hidden = hidden.cast(weight.dtype());
+    let logits = match &p.lm_head {
+        Some(head) => einsum_as("BSM,MV->BSV", &hidden, head, DType::F32),
+        // XLA:CPU transposes the right side of a one-row product in memory, the whole embedding at every step.
+        None if rows == 1 => einsum_as("VM,BSM->BSV", &p.embedding, &hidden, DType::F32),
+        None => einsum_as("BSM,VM->BSV", &hidden, &p.embedding, DType::F32),
     };
-    einsum_as(equation, &hidden.cast(weight.dtype()), weight, DType::F32).shard(["batch", "sequence", "vocab"]).named("logits")
+    logits.shard(["batch", "sequence", "vocab"]).named("logits")
 }

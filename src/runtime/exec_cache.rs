@@ -53,7 +53,12 @@ impl ExecutableCache {
     }
 
     /// The executable of `text`, from the cache or compiled (and then stored).
-    pub fn get(&self, client: &Client, text: &str, options: &CompileOptions) -> Result<(LoadedExecutable, Origin), Error> {
+    pub fn get(
+        &self,
+        client: &Client,
+        text: &str,
+        options: &CompileOptions,
+    ) -> Result<(LoadedExecutable, Origin), Error> {
         let path = self.folder.as_ref().map(|f| f.join(self.key(text, options)));
         if let Some(executable) = path.as_ref().and_then(|p| self.load(client, p)) {
             return Ok((executable, Origin::Cached));

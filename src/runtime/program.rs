@@ -4,12 +4,12 @@
 use xla::DType;
 use xla::graph::{Graph, Module, Tensor};
 
+use crate::Error;
 use crate::config::ModelConfig;
 use crate::generation::sampling::{SamplerArgs, SamplerSpec, sample};
 use crate::kv_cache::{CacheShape, KvCache};
 use crate::model;
 use crate::params::{self, Llama, Param};
-use crate::Error;
 
 /// What a step gives back besides the cache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

@@ -107,7 +107,12 @@ impl<'e> Session<'e> {
 
     /// Appends each slot's prompt and draws the token that follows it. Prompts may differ in length; none is empty.
     /// `chunk` sets the tokens per run instead of [`CHUNKS`].
-    pub fn prefill(&mut self, prompts: &[Vec<u32>], sampling: &[SamplingOptions], chunk: Option<usize>) -> Result<(), Error> {
+    pub fn prefill(
+        &mut self,
+        prompts: &[Vec<u32>],
+        sampling: &[SamplingOptions],
+        chunk: Option<usize>,
+    ) -> Result<(), Error> {
         self.start_sampling(prompts, sampling)?;
         let longest = prompts.iter().map(Vec::len).max().unwrap_or(0);
         let mut done = 0;
@@ -140,7 +145,8 @@ impl<'e> Session<'e> {
         let valid: Vec<usize> = prompts.iter().map(|p| p.len().saturating_sub(done).min(size)).collect();
         let end = self.used.iter().zip(&valid).filter(|(_, v)| **v > 0).map(|(u, _)| u + size).max().unwrap_or(size);
         self.check_room("the prompt", end)?;
-        let rows: Vec<Vec<u32>> = prompts.iter().zip(&valid).map(|(p, v)| p[done.min(p.len())..][..*v].to_vec()).collect();
+        let rows: Vec<Vec<u32>> =
+            prompts.iter().zip(&valid).map(|(p, v)| p[done.min(p.len())..][..*v].to_vec()).collect();
         let last: Vec<i32> =
             prompts.iter().zip(&valid).map(|(p, v)| i32::from(*v > 0 && p.len() <= done + size)).collect();
         let ids = self.upload_ids(&rows, size)?;
@@ -265,7 +271,10 @@ impl<'e> Session<'e> {
             position: self.upload_positions()?,
             settings: f32s(settings, Settings::LEN)?,
             seed: spec.random.then(|| client.upload_slice(&seeds, &[b], device)).transpose()?,
-            output_counts: counts.as_ref().map(|c| client.upload_slice(&vec![0i32; c.len()], &[b, v], device)).transpose()?,
+            output_counts: counts
+                .as_ref()
+                .map(|c| client.upload_slice(&vec![0i32; c.len()], &[b, v], device))
+                .transpose()?,
             prompt_counts: counts.map(|c| client.upload_slice(&c, &[b, v], device)).transpose()?,
             bias: f32s(bias, v)?,
         });

@@ -59,7 +59,7 @@ impl ChatTemplate {
             let source = std::fs::read_to_string(&path).map_err(|source| Error::Read { path, source })?;
             return Self::new(&source, &config.special_token_texts()?);
         }
-        Self::from(&config, dir.to_owned())
+        Self::in_config(&config, dir.to_owned())
     }
 
     /// The template in the value of a `tokenizer_config.json`.
@@ -67,10 +67,10 @@ impl ChatTemplate {
     /// # Errors
     /// As for [`ChatTemplate::from_dir`].
     pub fn from_config(tokenizer_config: &Value) -> Result<Self, Error> {
-        Self::from(&Config::from_value(Some(tokenizer_config))?, PathBuf::from("tokenizer_config.json"))
+        Self::in_config(&Config::from_value(Some(tokenizer_config))?, PathBuf::from("tokenizer_config.json"))
     }
 
-    fn from(config: &Config, place: PathBuf) -> Result<Self, Error> {
+    fn in_config(config: &Config, place: PathBuf) -> Result<Self, Error> {
         let source = config.chat_template()?.ok_or(Error::NoChatTemplate { dir: place })?;
         Self::new(source, &config.special_token_texts()?)
     }

@@ -1,3 +1,5 @@
 //! The integration tests of the workspace, as one binary; each module says what it pins.
 
 mod architecture;
+mod bad_input;
+mod support;

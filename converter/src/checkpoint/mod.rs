@@ -19,7 +19,7 @@ use crate::error::{Error, Result};
 use crate::gguf::GgufFile;
 use crate::layout::{Layout, Llama, Param};
 use crate::pool;
-use crate::shard::{Mapped, Stored};
+use crate::shard::{FileBytes, Stored};
 use folder::Folder;
 use verify::{Found, LM_HEAD, verify};
 
@@ -226,18 +226,16 @@ impl Checkpoint {
         Ok(self.params.from_leaves(arrays).expect("one array per parameter"))
     }
 
-    /// A view of a parameter in the file, in per-head layout and its own type, without reading it. `None` where the
-    /// file has another layout or does not align the tensor to 64 bytes.
-    ///
-    /// The file must not be truncated while the view is in use.
+    /// Where a parameter lies in its file, in per-head layout and its own type, to be used without a copy. `None` where
+    /// the file has another layout or does not align the tensor to 64 bytes.
     ///
     /// # Errors
-    /// [`Error::Io`] if the file cannot be mapped; [`Error::Tensor`] for a parameter of another model.
-    pub fn mapped(&self, param: &Param) -> Result<Option<Mapped>> {
+    /// [`Error::Format`] for a file that has shrunk; [`Error::Tensor`] for a parameter of another model.
+    pub fn place(&self, param: &Param) -> Result<Option<FileBytes>> {
         match &self.source {
             Source::Folder(folder) if self.kind == Kind::PerHead || param.layout == Layout::Same => {
                 let (shard, stored) = folder.get(self.form().name(param)).ok_or_else(|| self.unknown(param))?;
-                shard.mapped(&stored.range)
+                shard.place(&stored.range)
             }
             _ => Ok(None),
         }

@@ -64,8 +64,8 @@ mod tests {
 
     #[test]
     fn lengths_are_in_characters_not_bytes() {
-        // Equal scores: "▁a" (left of one character) against "éé|é" (left of two).
+        // Equal scores: in bytes "▁|a" (3 and 1) would come before "é|éé" (2 and 4).
         let found = merges(&[("▁a", 0.0), ("ééé", 0.0), ("éé", -1.0), ("▁", -2.0), ("a", -3.0), ("é", -4.0)]);
-        assert_eq!(found, [["éé", "é"], ["▁", "a"], ["é", "éé"], ["é", "é"]]);
+        assert_eq!(found, [["éé", "é"], ["é", "éé"], ["▁", "a"], ["é", "é"]]);
     }
 }

@@ -41,7 +41,7 @@ fn through_per_head_form_and_directly_the_same_model_comes_out() {
     let checkpoint = Checkpoint::open(&root.path().join("model.gguf")).expect("valid");
     assert_eq!(checkpoint.kind(), Kind::Gguf);
     assert!(checkpoint.params().iter().into_iter().all(|param| param.dtype == DType::BF16));
-    assert!(checkpoint.mapped(&checkpoint.params().embedding).expect("no error").is_none());
+    assert!(checkpoint.place(&checkpoint.params().embedding).expect("no error").is_none());
     assert!(checkpoint.side_file("tokenizer.json").expect("readable").is_some());
 
     convert(&root, "model.gguf", "per-head", &Default::default()).expect("valid");

@@ -3,6 +3,7 @@
 use std::panic::Location;
 
 use super::aval::Aval;
+use super::ops::convert::bits;
 use super::tensor::Tensor;
 use crate::DType;
 
@@ -81,8 +82,11 @@ impl Spec {
 /// The product of two tensors, summed over the letters that the result leaves out: `einsum("BSM,MHK->BSHK", &x, &w)`.
 ///
 /// A letter is an axis; letters of both operands are paired. Operands of different element types are cast to one first:
-/// the float of a float and an integer, else the wider, f32 for f16 and bf16. The result has that type. Errors: letters that do not fit the ranks or lengths,
-/// a letter twice in one tensor.
+/// the float of a float and an integer, else the wider, f32 for f16 and bf16, 8 bits for two of 4. The result has that
+/// type.
+///
+/// Errors: letters that do not fit the ranks or lengths, a letter twice in one tensor, a letter of the result that no
+/// operand has.
 #[track_caller]
 pub fn einsum(spec: &str, left: &Tensor, right: &Tensor) -> Tensor {
     einsum_as(spec, left, right, promote(left.dtype(), right.dtype()))
@@ -159,20 +163,111 @@ fn sum_private(x: &Tensor, letters: &[char], other: &[char], out: &[char]) -> (T
     (x, letters.iter().copied().filter(kept).collect())
 }
 
-/// The element type that holds both: the same, else the float, else the wider; f32 for two floats of one width.
+/// The element type that holds both: the float of a float and an integer, else the wider; f32 for two floats of one
+/// width. Two 4-bit types give an 8-bit one, as the CPU has no 4-bit products.
 fn promote(left: DType, right: DType) -> DType {
+    let wider = if bits(left) >= bits(right) { left } else { right };
     match (left.is_float(), right.is_float()) {
-        _ if left == right => left,
+        (true, true) if left != right && left.size() == right.size() => DType::F32,
         (true, false) => left,
         (false, true) => right,
-        (floats, _) if left.size() == right.size() => {
-            if floats {
-                DType::F32
-            } else {
-                left
-            }
-        }
-        _ if left.size() > right.size() => left,
-        _ => right,
+        _ if left == DType::U4 && right == DType::U4 => DType::U8,
+        _ if matches!(left, DType::I4 | DType::U4) && matches!(right, DType::I4 | DType::U4) => DType::I8,
+        _ => wider,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::DType::*;
+    use crate::graph::Graph;
+    use crate::graph::testing::{error, lines};
+
+    fn product(spec: &str, left: (DType, &[usize]), right: (DType, &[usize])) -> Vec<String> {
+        lines(|g| vec![einsum(spec, &g.arg("x", left.0, left.1), &g.arg("y", right.0, right.1))])
+    }
+
+    #[test]
+    fn the_dot_alone_where_its_order_is_right() {
+        assert_eq!(
+            product("BSM,MHK->BSHK", (F32, &[2, 3, 8]), (F32, &[8, 4, 5])),
+            [
+                "%dot_general = stablehlo.dot_general %x, %y, contracting_dims = [2] x [0] : (tensor<2x3x8xf32>, tensor<8x4x5xf32>) -> tensor<2x3x4x5xf32>"
+            ]
+        );
+        // Attention scores of grouped heads: two batch axes, one of them not in front.
+        assert_eq!(
+            product("BSGRK,BTGK->BGSRT", (F32, &[2, 3, 4, 6, 8]), (F32, &[2, 7, 4, 8])),
+            [
+                "%dot_general = stablehlo.dot_general %x, %y, batching_dims = [0, 2] x [0, 2], contracting_dims = [4] x [3] : (tensor<2x3x4x6x8xf32>, tensor<2x7x4x8xf32>) -> tensor<2x4x3x6x7xf32>"
+            ]
+        );
+    }
+
+    #[test]
+    fn operands_exchanged_or_the_result_transposed() {
+        assert_eq!(
+            product("MF,BM->BF", (F32, &[8, 5]), (F32, &[2, 8])),
+            [
+                "%dot_general = stablehlo.dot_general %y, %x, contracting_dims = [1] x [0] : (tensor<2x8xf32>, tensor<8x5xf32>) -> tensor<2x5xf32>"
+            ]
+        );
+        let text = product("BSM,MHK->BHSK", (F32, &[2, 3, 8]), (F32, &[8, 4, 5]));
+        assert_eq!(
+            text[1],
+            "%transpose = stablehlo.transpose %dot_general, dims = [0, 2, 1, 3] : (tensor<2x3x4x5xf32>) -> tensor<2x4x3x5xf32>"
+        );
+    }
+
+    #[test]
+    fn letters_of_one_operand_are_summed_first() {
+        let text = product("AB,CD->AC", (F32, &[2, 3]), (F32, &[4, 5]));
+        assert!(text[1].contains("reduce(%x init") && text[3].contains("reduce(%y init"), "{text:?}");
+        assert!(text[4].contains("contracting_dims = [] x []"), "{text:?}");
+        let one = |spec: &str| lines(|g| vec![einsum1(spec, &g.arg("x", F32, &[2, 3, 4]))]);
+        assert!(one("BSM -> BSM").is_empty());
+        let text = one("BSM->MB");
+        assert!(text[1].contains("across dimensions = [1]") && text[2].contains("dims = [1, 0]"), "{text:?}");
+    }
+
+    #[test]
+    fn element_types() {
+        let result = |left, right| product("A,A->", (left, &[2]), (right, &[2])).pop().unwrap_or_default();
+        assert!(result(BF16, BF16).ends_with("(tensor<2xbf16>, tensor<2xbf16>) -> tensor<bf16>"));
+        assert!(result(BF16, I4).ends_with("(tensor<2xbf16>, tensor<2xbf16>) -> tensor<bf16>"));
+        assert!(result(BF16, F16).ends_with("-> tensor<f32>"));
+        assert!(result(F32, BF16).ends_with("-> tensor<f32>"));
+        assert!(result(I8, I32).ends_with("-> tensor<i32>"));
+        assert!(result(I4, I8).ends_with("-> tensor<i8>"));
+        assert!(result(I4, I4).ends_with("(tensor<2xi8>, tensor<2xi8>) -> tensor<i8>"));
+        let wide = lines(|g| {
+            let x = g.arg("x", BF16, &[2]);
+            vec![einsum_as("A,A->", &x, &x, F32)]
+        });
+        assert!(wide[0].ends_with("(tensor<2xbf16>, tensor<2xbf16>) -> tensor<f32>"), "{wide:?}");
+    }
+
+    #[test]
+    fn errors() {
+        let wrong = |spec: &str| {
+            error(|g: &Graph| vec![einsum(spec, &g.arg("x", F32, &[2, 3, 576]), &g.arg("w", F32, &[512, 4, 5]))])
+        };
+        assert_eq!(wrong("BSM,MHK->BSHK"), r#"einsum "BSM,MHK->BSHK": axis M is 576 on the left and 512 on the right"#);
+        assert!(wrong("BS,MHK->BSHK").ends_with("the left operand is f32[2,3,576], of rank 3, but has 2 letters"));
+        assert!(wrong("BSM,MHKX->BSHK").ends_with("the right operand is f32[512,4,5], of rank 3, but has 4 letters"));
+        assert!(wrong("BSS,MHK->BSHK").ends_with("axis S stands twice in one tensor"));
+        assert!(wrong("BSM,MHK->BSHX").ends_with("axis X of the result is in no operand"));
+        assert!(wrong("BSM,MHK").ends_with("needs `->` and the letters of the result"));
+        assert!(wrong("BSM->BSM").ends_with("names 1 operands, but 2 are given"));
+        assert!(wrong("B.M,MHK->BHK").ends_with("an axis is one ASCII letter, found '.'"));
+        assert!(error(|g| vec![einsum1("AB->A", &g.arg("x", F32, &[2]))]).contains("the operand is f32[2], of rank 1"));
+    }
+
+    #[test]
+    fn the_result_after_an_error_has_the_shape_of_the_letters() {
+        let g = Graph::new("test");
+        let y = einsum("AB,BC->CA", &g.arg("x", F32, &[2, 3]), &g.arg("y", F32, &[4, 5]));
+        assert_eq!(y.shape(), [5, 2]);
     }
 }

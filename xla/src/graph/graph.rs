@@ -400,7 +400,8 @@ impl Graph {
         let problem = if !Rc::ptr_eq(&self.0, &tensor.graph.0) {
             "a tensor of another graph is used: build everything in one graph"
         } else if self.0.borrow_mut().frame().id != tensor.frame {
-            "a tensor from outside is used in a function, loop or branch (or one from inside is used outside): these are closed, pass it as an argument and return it as a result"
+            "a tensor from outside is used in a function, loop or branch (or one from inside is used outside): \
+             these are closed, pass it as an argument and return it as a result"
         } else {
             return tensor.id;
         };

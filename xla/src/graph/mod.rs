@@ -41,6 +41,8 @@ pub use error::GraphError;
 pub use graph::{ArgAttrs, Graph, Rewrite, Scope};
 pub use module::{Arg, Body, Function, Module, Node, Output, Value, ValueId};
 pub use ops::constant::{Element, Scalar};
+pub use ops::control::Branch;
+pub use ops::custom_call::{Attr, CustomCall};
 pub use ops::dot::Precision;
 pub use ops::random::Algorithm;
 pub use ops::reduce::Fold;

@@ -157,7 +157,8 @@ impl Rules {
             let devices = mesh.devices_along(axes);
             if size % devices != 0 {
                 return Err(ShardingError(format!(
-                    "axis {name:?} of length {size} cannot be split over {devices} devices (mesh axes {}): use a number of devices that divides {size}, or replicate {name:?}",
+                    "axis {name:?} of length {size} cannot be split over {devices} devices (mesh axes {}): \
+                     use a number of devices that divides {size}, or replicate {name:?}",
                     list(axes)
                 )));
             }

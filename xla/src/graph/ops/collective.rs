@@ -321,7 +321,7 @@ impl Tensor {
 mod tests {
     use super::*;
     use crate::DType::F32;
-    use crate::graph::testing::{error, lines};
+    use crate::graph::testing::error;
     use crate::graph::{Mesh, Rules};
 
     fn manual(build: impl FnOnce(&Tensor) -> Tensor) -> Result<Vec<String>, String> {
@@ -365,9 +365,9 @@ mod tests {
         );
         let ring = first(|x| x.collective_permute(1, "model"));
         assert!(ring.contains("source_target_pairs = dense<[[0, 1], [1, 2], [2, 3], [3, 0], [4, 5], "), "{ring}");
-        let id = first(|x| x.graph().partition_id());
+        let id = first(|x| x.graph().partition_id().broadcast_to(&[4, 4]));
         assert_eq!(id, "%partition_id = stablehlo.partition_id : tensor<ui32> loc(\"partition_id\")");
-        let id = first(|x| x.graph().replica_id());
+        let id = first(|x| x.graph().replica_id().broadcast_to(&[4, 4]));
         assert_eq!(id, "%replica_id = stablehlo.replica_id : tensor<ui32> loc(\"replica_id\")");
     }
 

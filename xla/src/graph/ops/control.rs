@@ -17,7 +17,7 @@ fn shown<'a>(avals: impl IntoIterator<Item = &'a Aval>) -> String {
 }
 
 /// An error where `found` is not what `what` needs.
-fn expect(what: &str, wanted: &[Aval], found: &[Aval]) -> Result<(), String> {
+fn agree(what: &str, wanted: &[Aval], found: &[Aval]) -> Result<(), String> {
     if wanted == found { Ok(()) } else { Err(format!("{what} {}, found {}", shown(wanted), shown(found))) }
 }
 
@@ -38,7 +38,7 @@ impl Op for Call {
     fn infer(&self, inputs: &[&Aval]) -> Result<Vec<Aval>, String> {
         let body = &self.function.body;
         let found: Vec<Aval> = inputs.iter().map(|&aval| aval.clone()).collect();
-        expect(&format!("{} takes", self.function.name), &body.avals(&body.args), &found)?;
+        agree(&format!("{} takes", self.function.name), &body.avals(&body.args), &found)?;
         Ok(body.avals(&body.results))
     }
 
@@ -73,11 +73,11 @@ impl Op for While {
 
     fn infer(&self, inputs: &[&Aval]) -> Result<Vec<Aval>, String> {
         let values: Vec<Aval> = inputs.iter().map(|&aval| aval.clone()).collect();
-        expect("the condition takes", &self.cond.avals(&self.cond.args), &values)?;
-        expect("the body takes", &self.body.avals(&self.body.args), &values)?;
+        agree("the condition takes", &self.cond.avals(&self.cond.args), &values)?;
+        agree("the body takes", &self.body.avals(&self.body.args), &values)?;
         let flag = [Aval::new(DType::Pred, &[])];
-        expect("the condition must give", &flag, &self.cond.avals(&self.cond.results))?;
-        expect("the body must give the types of the values", &values, &self.body.avals(&self.body.results))?;
+        agree("the condition must give", &flag, &self.cond.avals(&self.cond.results))?;
+        agree("the body must give the types of the values", &values, &self.body.avals(&self.body.results))?;
         Ok(values)
     }
 
@@ -96,8 +96,8 @@ impl Op for While {
     }
 }
 
-/// One of several branches, chosen by the first operand: a `pred` chooses the first of two where true, an i32 chooses by
-/// number (the last one, where there is no such number). The other operands go to the branch.
+/// One of several branches, chosen by the first operand: a `pred` chooses the first of two where true, an i32 chooses
+/// by number (the last one, where there is no such number). The other operands go to the branch.
 #[derive(Clone, Debug)]
 pub struct Case {
     /// The branches: same arguments, same types of results.
@@ -126,9 +126,9 @@ impl Op for Case {
         let values: Vec<Aval> = inputs[1..].iter().map(|&aval| aval.clone()).collect();
         let results = self.branches[0].avals(&self.branches[0].results);
         for (i, branch) in self.branches.iter().enumerate() {
-            expect(&format!("branch {i} takes"), &branch.avals(&branch.args), &values)?;
+            agree(&format!("branch {i} takes"), &branch.avals(&branch.args), &values)?;
             let found = branch.avals(&branch.results);
-            expect(&format!("branch {i} must give the same as branch 0:"), &results, &found)?;
+            agree(&format!("branch {i} must give the same as branch 0:"), &results, &found)?;
         }
         Ok(results)
     }

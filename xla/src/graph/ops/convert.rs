@@ -31,7 +31,7 @@ impl Op for Convert {
 }
 
 /// Number of bits of an element as StableHLO counts them.
-fn bits(dtype: DType) -> usize {
+pub(crate) fn bits(dtype: DType) -> usize {
     match dtype {
         DType::Pred => 1,
         DType::I4 | DType::U4 => 4,
@@ -127,7 +127,6 @@ impl Tensor {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use crate::DType::{BF16, F16, F32, I4, Pred, U8, U32};
     use crate::graph::testing::{error, last_line, lines};
 

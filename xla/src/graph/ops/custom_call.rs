@@ -198,7 +198,8 @@ impl Op for CustomCall {
             let alias = |&(result, operand): &(usize, usize)| {
                 let result = if self.results.len() == 1 { String::new() } else { result.to_string() };
                 format!(
-                    "#stablehlo.output_operand_alias<output_tuple_indices = [{result}], operand_index = {operand}, operand_tuple_indices = []>"
+                    "#stablehlo.output_operand_alias<output_tuple_indices = [{result}], \
+                     operand_index = {operand}, operand_tuple_indices = []>"
                 )
             };
             attrs.push(format!(
@@ -218,7 +219,7 @@ impl Op for CustomCall {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::DType::{F32, I32, I64};
+    use crate::DType::{F32, I32};
     use crate::graph::testing::{error, last_line};
 
     #[test]

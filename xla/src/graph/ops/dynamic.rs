@@ -99,7 +99,6 @@ impl Tensor {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use crate::DType::{BF16, F32, I32};
     use crate::graph::Graph;
     use crate::graph::testing::{error, last_line};

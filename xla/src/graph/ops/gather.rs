@@ -154,7 +154,6 @@ impl Tensor {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use crate::DType::{F32, I32};
     use crate::graph::Graph;
     use crate::graph::testing::{error, last_line};

@@ -166,7 +166,7 @@ mod tests {
     use super::*;
     use crate::DType::F32;
     use crate::graph::Rules;
-    use crate::graph::testing::{error, lines};
+    use crate::graph::testing::error;
 
     fn doubled(emission: Emission) -> String {
         let g = Graph::new("test");

@@ -118,7 +118,7 @@ pub const ALL: &[OpInfo] = &[
     unary::Not::INFO,
     unary::Popcnt::INFO,
     unary::Round::INFO,
-    unary::RoundAwayFromZero::INFO,
+    unary::RoundAfz::INFO,
     unary::Rsqrt::INFO,
     unary::Sign::INFO,
     unary::Sin::INFO,

@@ -10,9 +10,9 @@ use crate::graph::tensor::Tensor;
 /// generator is left out, as it gives other bits on each platform.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Algorithm {
-    /// Threefry; the state is u64[2]: key and counter.
+    /// Threefry; the state is two ui64: key and counter.
     ThreeFry,
-    /// Philox; the state is u64[2] or u64[3].
+    /// Philox; the state is two or three ui64.
     Philox,
 }
 
@@ -61,7 +61,7 @@ impl Op for RngBitGenerator {
 }
 
 impl Tensor {
-    /// Random bits of this unsigned type and shape from a state (`self`, ui64[2]): (state for the next bits, bits). The
+    /// Random bits of this unsigned type and shape from a state (`self`, two ui64): (state for the next bits, bits). The
     /// same state gives the same bits everywhere.
     #[track_caller]
     pub fn rng_bits(&self, algorithm: Algorithm, dtype: DType, shape: &[usize]) -> (Tensor, Tensor) {
@@ -69,7 +69,7 @@ impl Tensor {
         pair(self.graph.apply(op, &[self]), self)
     }
 
-    /// Random f32 in [0, 1), multiples of 2⁻²⁴, from a state (`self`, ui64[2]): (state for the next, numbers).
+    /// Random f32 in [0, 1), multiples of 2⁻²⁴, from a state (`self`, two ui64): (state for the next, numbers).
     #[track_caller]
     pub fn rng_uniform(&self, shape: &[usize]) -> (Tensor, Tensor) {
         let (state, bits) = self.rng_bits(Algorithm::ThreeFry, DType::U32, shape);

@@ -1,11 +1,11 @@
 //! Sums, extremes and other folds over axes.
 
-use super::constant::{Scalar, integer_range};
+use super::constant::{Scalar, integer_range, splat_text};
 use super::select::{Direction, compare_type};
 use super::unary::Class;
 use super::{Op, OpInfo, op_info, pair};
 use crate::DType;
-use crate::graph::aval::{Aval, join, list};
+use crate::graph::aval::{Aval, list};
 use crate::graph::emit::Cx;
 use crate::graph::tensor::Tensor;
 
@@ -137,37 +137,51 @@ impl Op for ArgReduce {
         Ok(vec![Aval::new(x.dtype, &shape), Aval::new(DType::I32, &shape)])
     }
 
-    /// A fold of (value, position) pairs: the pair on the left stays where its value wins, or the values are equal
-    /// and its position is the lower one.
+    /// A fold of (value, position) pairs. The left pair stays where its value wins, or where neither wins and its
+    /// position is the lower one, so the result does not depend on the order of folding.
     fn stablehlo(&self, cx: &mut Cx<'_, '_>) -> String {
         let x = cx.input(0).clone();
         let numbers = Aval::new(DType::I32, &x.shape).mlir();
-        let fold = if self.direction == Direction::Gt { Fold::Max } else { Fold::Min };
-        let start = super::constant::splat_text(fold.identity(x.dtype), x.dtype);
         let (value, position) = (format!("tensor<{}>", x.dtype), "tensor<i32>");
+        let fold = if self.direction == Direction::Gt { Fold::Max } else { Fold::Min };
+        let start = splat_text(fold.identity(x.dtype), x.dtype);
         let [positions, first, zero] = ["positions", "init", "zero"].map(|name| cx.fresh(name));
         cx.before(&format!("{positions} = stablehlo.iota dim = {} : {numbers}", self.axis));
         cx.before(&format!("{first} = stablehlo.constant dense<{start}> : {value}"));
         cx.before(&format!("{zero} = stablehlo.constant dense<0> : {position}"));
+
         let [a, i, b, j] = ["a", "i", "b", "j"].map(|name| cx.fresh(name));
-        let [wins, nan, beats, equal, lower, tie, left, v, p] =
-            ["wins", "nan", "beats", "equal", "lower", "tie", "left", "value", "position"].map(|name| cx.fresh(name));
-        let (direction, kind) = (self.direction.spelling(), compare_type(x.dtype));
+        let mut lines = vec![format!("^bb0({a}: {value}, {i}: {position}, {b}: {value}, {j}: {position}):")];
+        let mut line = |name: &str, op: String| {
+            let name = cx.fresh(name);
+            lines.push(format!("  {name} = stablehlo.{op}"));
+            name
+        };
+        let kind = compare_type(x.dtype);
+        let compare = |direction: Direction, x: &str, y: &str| {
+            format!("compare {}, {x}, {y}, {kind} : ({value}, {value}) -> tensor<i1>", direction.spelling())
+        };
+        let mut wins = line("wins", compare(self.direction, &a, &b));
+        let mut equal = line("equal", compare(Direction::Eq, &a, &b));
+        if x.dtype.is_float() {
+            // NaN wins against numbers and equals NaN.
+            let left_nan = line("left_nan", compare(Direction::Ne, &a, &a));
+            let right_nan = line("right_nan", compare(Direction::Ne, &b, &b));
+            let right_number = line("right_number", format!("not {right_nan} : tensor<i1>"));
+            let only_left = line("only_left_nan", format!("and {left_nan}, {right_number} : tensor<i1>"));
+            let both = line("both_nan", format!("and {left_nan}, {right_nan} : tensor<i1>"));
+            wins = line("wins", format!("or {wins}, {only_left} : tensor<i1>"));
+            equal = line("equal", format!("or {equal}, {both} : tensor<i1>"));
+        }
+        let lower = line("lower", format!("compare LT, {i}, {j}, SIGNED : ({position}, {position}) -> tensor<i1>"));
+        let tie = line("tie", format!("and {equal}, {lower} : tensor<i1>"));
+        let left = line("left", format!("or {wins}, {tie} : tensor<i1>"));
+        let best = line("value", format!("select {left}, {a}, {b} : tensor<i1>, {value}"));
+        let at = line("position", format!("select {left}, {i}, {j} : tensor<i1>, {position}"));
+        lines.push(format!("  stablehlo.return {best}, {at} : {value}, {position}"));
+
         let pad = cx.pad();
-        let lines = [
-            format!("^bb0({a}: {value}, {i}: {position}, {b}: {value}, {j}: {position}):"),
-            format!("  {wins} = stablehlo.compare {direction}, {a}, {b}, {kind} : ({value}, {value}) -> tensor<i1>"),
-            format!("  {nan} = stablehlo.compare NE, {a}, {a}, {kind} : ({value}, {value}) -> tensor<i1>"),
-            format!("  {beats} = stablehlo.or {wins}, {nan} : tensor<i1>"),
-            format!("  {equal} = stablehlo.compare EQ, {a}, {b}, {kind} : ({value}, {value}) -> tensor<i1>"),
-            format!("  {lower} = stablehlo.compare LT, {i}, {j}, SIGNED : ({position}, {position}) -> tensor<i1>"),
-            format!("  {tie} = stablehlo.and {equal}, {lower} : tensor<i1>"),
-            format!("  {left} = stablehlo.or {beats}, {tie} : tensor<i1>"),
-            format!("  {v} = stablehlo.select {beats}, {a}, {b} : tensor<i1>, {value}"),
-            format!("  {p} = stablehlo.select {left}, {i}, {j} : tensor<i1>, {position}"),
-            format!("  stablehlo.return {v}, {p} : {value}, {position}"),
-        ];
-        let region = join(&lines.map(|line| format!("{pad}{line}\n")), "");
+        let region: String = lines.iter().map(|line| format!("{pad}{line}\n")).collect();
         let types = format!("({}, {numbers}, {value}, {position})", x.mlir());
         let operands = format!("{}, {positions}, {first}, {zero}", cx.operand(0));
         format!(
@@ -200,7 +214,7 @@ impl Tensor {
         self.reduce(fold, axes).reshape(&shape)
     }
 
-    /// The sum over these axes, which are dropped.
+    /// The sum over these axes, which are dropped. It is kept in the element type: cast bf16 and f16 to f32 first.
     #[track_caller]
     pub fn sum(&self, axes: &[isize]) -> Tensor {
         self.reduce(Fold::Sum, axes)
@@ -348,7 +362,7 @@ mod tests {
         let text = lines(|g| vec![g.arg("x", F32, &[2, 3]).argmax(-1)]);
         assert_eq!(text[0], "%positions = stablehlo.iota dim = 1 : tensor<2x3xi32>");
         assert!(text[3].starts_with("%arg_reduce, %arg_reduce_1 = \"stablehlo.reduce\"(%x, %positions, %init, %zero)"));
-        assert!(text[5].contains("compare GT"), "{text:?}");
+        assert!(text[5].starts_with("%wins = stablehlo.compare GT, %a, %b, FLOAT"), "{text:?}");
         assert!(lines(|g| vec![g.arg("x", F32, &[2, 3]).argmin(0)])[5].contains("compare LT"));
     }
 

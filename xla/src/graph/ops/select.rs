@@ -175,7 +175,6 @@ impl Tensor {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use crate::DType::{F32, I32, Pred, U32};
     use crate::graph::testing::{error, last_line};
 

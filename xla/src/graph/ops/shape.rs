@@ -27,10 +27,10 @@ impl Op for BroadcastInDim {
         if dims.len() != x.rank() {
             return Err(format!("{x} has rank {}, so it needs as many axes of {shape:?}, found {dims:?}", x.rank()));
         }
+        if dims.iter().enumerate().any(|(i, dim)| *dim >= shape.len() || dims[..i].contains(dim)) {
+            return Err(format!("the axes of {x} become axes {dims:?}, which must be different axes of {shape:?}"));
+        }
         for (i, (&dim, &n)) in dims.iter().zip(&x.shape).enumerate() {
-            if dim >= shape.len() || dims[..i].contains(&dim) {
-                return Err(format!("axes {dims:?} must be different axes of {shape:?}"));
-            }
             if n != shape[dim] && n != 1 {
                 let wanted = shape[dim];
                 return Err(format!(
@@ -195,7 +195,6 @@ impl Tensor {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use crate::DType::F32;
     use crate::graph::Graph;
     use crate::graph::testing::{error, last_line, lines};

@@ -133,7 +133,8 @@ impl Op for Concatenate {
             };
             if others(part) != others(first) {
                 return Err(format!(
-                    "parts must agree in element type and in every axis but {axis}: part 0 is {first}, part {i} is {part}"
+                    "parts must agree in element type and in every axis but {axis}: \
+                     part 0 is {first}, part {i} is {part}"
                 ));
             }
             result.shape[axis] = result.shape[axis].saturating_add(part.shape[axis]);

@@ -49,15 +49,17 @@ impl Op for Sort {
         let direction = if self.descending { Direction::Gt } else { Direction::Lt }.spelling();
         let kind = if dtypes[0].is_float() { "TOTALORDER" } else { super::select::compare_type(dtypes[0]) };
         let key = format!("tensor<{}>", dtypes[0]);
-        let before = cx.fresh("before");
-        let pad = cx.pad();
-        format!(
-            "\"stablehlo.sort\"({}) <{{dimension = {} : i64, is_stable = true}}> ({{\n{pad}^bb0({}):\n{pad}  {before} = stablehlo.compare {direction}, {a}, {b}, {kind} : ({key}, {key}) -> tensor<i1>\n{pad}  stablehlo.return {before} : tensor<i1>\n{pad}}}) : {}",
-            cx.operands(),
-            self.axis,
-            args.join(", "),
-            cx.signature()
-        )
+        let (before, pad) = (cx.fresh("before"), cx.pad());
+        let region: String = [
+            format!("^bb0({}):", args.join(", ")),
+            format!("  {before} = stablehlo.compare {direction}, {a}, {b}, {kind} : ({key}, {key}) -> tensor<i1>"),
+            format!("  stablehlo.return {before} : tensor<i1>"),
+        ]
+        .map(|line| format!("{pad}{line}\n"))
+        .concat();
+        let attrs = format!("dimension = {} : i64, is_stable = true", self.axis);
+        let (operands, signature) = (cx.operands(), cx.signature());
+        format!("\"stablehlo.sort\"({operands}) <{{{attrs}}}> ({{\n{region}{pad}}}) : {signature}")
     }
 
     fn result_count(&self, inputs: usize) -> usize {
@@ -129,7 +131,7 @@ impl Tensor {
     }
 
     /// The k largest elements of the last axis, from the largest down, and their positions (i32). Of equal elements the
-    /// earlier comes first.
+    /// earlier comes first; floats are in total order, as in [`Tensor::sort`].
     #[track_caller]
     pub fn top_k(&self, k: usize) -> (Tensor, Tensor) {
         pair(self.graph.apply(TopK { k }, &[self]), self)
@@ -138,7 +140,6 @@ impl Tensor {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use crate::DType::{F32, U8};
     use crate::graph::Graph;
     use crate::graph::testing::{error, last_line, lines};

@@ -39,11 +39,11 @@ impl Class {
     }
 }
 
-/// Declares ops of one operand: docstring, type, method, class, StableHLO spelling and summary.
+/// Declares ops of one operand: docstring, type, method, class, name (as StableHLO spells it) and summary.
 macro_rules! unary {
-    ($($(#[$doc:meta])* $op:ident . $method:ident ($class:ident) $spelling:literal $name:literal $summary:literal;)*) => {
+    ($(#[$doc:meta] $op:ident . $method:ident ($class:ident) $name:literal $summary:literal;)*) => {
         $(
-            $(#[$doc])*
+            #[$doc]
             #[derive(Clone, Debug)]
             pub struct $op;
 
@@ -60,12 +60,12 @@ macro_rules! unary {
                 }
 
                 fn stablehlo(&self, cx: &mut Cx<'_, '_>) -> String {
-                    format!("{} {} : {}", $spelling, cx.operand(0), cx.output_type(0))
+                    format!("stablehlo.{} {} : {}", $name, cx.operand(0), cx.output_type(0))
                 }
             }
 
             impl Tensor {
-                $(#[$doc])*
+                #[$doc]
                 #[track_caller]
                 pub fn $method(&self) -> Tensor {
                     self.graph.apply1($op, &[self])
@@ -77,49 +77,49 @@ macro_rules! unary {
 
 unary! {
     /// |x|.
-    Abs.abs(Signed) "stablehlo.abs" "abs" "absolute value";
+    Abs.abs(Signed) "abs" "absolute value";
     /// The real cube root, of negative numbers too.
-    Cbrt.cbrt(Float) "stablehlo.cbrt" "cbrt" "cube root";
+    Cbrt.cbrt(Float) "cbrt" "cube root";
     /// The smallest whole number that is not below x.
-    Ceil.ceil(Float) "stablehlo.ceil" "ceil" "round towards plus infinity";
+    Ceil.ceil(Float) "ceil" "round towards plus infinity";
     /// The number of zero bits above the highest one.
-    Clz.clz(Integer) "stablehlo.count_leading_zeros" "count_leading_zeros" "leading zero bits";
+    Clz.clz(Integer) "count_leading_zeros" "leading zero bits";
     /// cos x, x in radians.
-    Cos.cos(Float) "stablehlo.cosine" "cosine" "cosine of radians";
+    Cos.cos(Float) "cosine" "cosine of radians";
     /// eˣ.
-    Exp.exp(Float) "stablehlo.exponential" "exponential" "e to the power of x";
+    Exp.exp(Float) "exponential" "e to the power of x";
     /// eˣ − 1, accurate near 0.
-    Expm1.expm1(Float) "stablehlo.exponential_minus_one" "exponential_minus_one" "e to the power of x, minus 1";
+    Expm1.expm1(Float) "exponential_minus_one" "e to the power of x, minus 1";
     /// The largest whole number that is not above x.
-    Floor.floor(Float) "stablehlo.floor" "floor" "round towards minus infinity";
+    Floor.floor(Float) "floor" "round towards minus infinity";
     /// ln x.
-    Log.log(Float) "stablehlo.log" "log" "natural logarithm";
+    Log.log(Float) "log" "natural logarithm";
     /// ln(1 + x), accurate near 0.
-    Log1p.log1p(Float) "stablehlo.log_plus_one" "log_plus_one" "natural logarithm of 1 + x";
+    Log1p.log1p(Float) "log_plus_one" "natural logarithm of 1 + x";
     /// 1 / (1 + e^(−x)).
-    Logistic.logistic(Float) "stablehlo.logistic" "logistic" "the sigmoid function";
+    Logistic.logistic(Float) "logistic" "the sigmoid function";
     /// −x. Integers wrap.
-    Neg.neg(Numeric) "stablehlo.negate" "negate" "minus x";
+    Neg.neg(Numeric) "negate" "minus x";
     /// Every bit flipped; for `pred` the logical not.
-    Not.not(Bits) "stablehlo.not" "not" "bits flipped";
+    Not.not(Bits) "not" "bits flipped";
     /// The number of one bits.
-    Popcnt.popcnt(Integer) "stablehlo.popcnt" "popcnt" "one bits";
+    Popcnt.popcnt(Integer) "popcnt" "one bits";
     /// The nearest whole number, ties to even.
-    Round.round(Float) "stablehlo.round_nearest_even" "round_nearest_even" "nearest whole number, ties to even";
+    Round.round(Float) "round_nearest_even" "nearest whole number, ties to even";
     /// The nearest whole number, ties away from zero.
-    RoundAwayFromZero.round_away_from_zero(Float) "stablehlo.round_nearest_afz" "round_nearest_afz" "nearest whole number, ties away from zero";
+    RoundAfz.round_afz(Float) "round_nearest_afz" "nearest whole number, ties away from zero";
     /// 1 / √x.
-    Rsqrt.rsqrt(Float) "stablehlo.rsqrt" "rsqrt" "reciprocal square root";
+    Rsqrt.rsqrt(Float) "rsqrt" "reciprocal square root";
     /// −1, 0 or 1 as x is below, at or above zero; NaN stays NaN.
-    Sign.sign(Signed) "stablehlo.sign" "sign" "sign of x";
+    Sign.sign(Signed) "sign" "sign of x";
     /// sin x, x in radians.
-    Sin.sin(Float) "stablehlo.sine" "sine" "sine of radians";
+    Sin.sin(Float) "sine" "sine of radians";
     /// √x.
-    Sqrt.sqrt(Float) "stablehlo.sqrt" "sqrt" "square root";
+    Sqrt.sqrt(Float) "sqrt" "square root";
     /// tan x, x in radians.
-    Tan.tan(Float) "stablehlo.tan" "tan" "tangent of radians";
+    Tan.tan(Float) "tan" "tangent of radians";
     /// tanh x.
-    Tanh.tanh(Float) "stablehlo.tanh" "tanh" "hyperbolic tangent";
+    Tanh.tanh(Float) "tanh" "hyperbolic tangent";
 }
 
 /// The error function, 2/√π ∫₀ˣ e^(−t²) dt.
@@ -220,7 +220,6 @@ impl Tensor {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use crate::DType::{BF16, F32, I8, I32, Pred, U8};
     use crate::graph::testing::{error, last_line, lines};
 

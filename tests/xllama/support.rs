@@ -1,0 +1,314 @@
+//! Runs the program as a user does, and makes small checkpoints whose answers are known.
+
+use std::collections::BTreeMap;
+use std::ffi::OsStr;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::OnceLock;
+use std::time::{Duration, Instant};
+
+use converter::{Checkpoint, Llama, ModelConfig};
+use safetensors::tensor::TensorView;
+use safetensors::{Dtype, SafeTensors};
+use serde_json::{Value, json};
+use tempfile::TempDir;
+use xla::wheel::{self, FetchOptions};
+use xllama::runtime::{Engine, device};
+
+/// What a run of the program left behind.
+#[derive(Debug)]
+pub(crate) struct Run {
+    pub(crate) code: Option<i32>,
+    pub(crate) stdout: Vec<u8>,
+    pub(crate) stderr: String,
+}
+
+/// The program with the user's own cache: for the default model.
+pub(crate) fn xllama_with_own_cache() -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_xllama"));
+    command.stdin(Stdio::null()).env_remove("XLLAMA_LOG");
+    command
+}
+
+/// The program with a cache of the tests and a plugin that is there already.
+pub(crate) fn xllama() -> Command {
+    let mut command = xllama_with_own_cache();
+    command.env("XLLAMA_CACHE", test_cache()).env("XLLAMA_DEVICE", plugin());
+    command
+}
+
+/// Runs `xllama ARGS`.
+pub(crate) fn run<S: AsRef<OsStr>>(args: impl IntoIterator<Item = S>) -> Run {
+    finish(xllama().args(args))
+}
+
+/// Runs a prepared command to its end.
+pub(crate) fn finish(command: &mut Command) -> Run {
+    let output = command.output().expect("the program starts");
+    let stderr = String::from_utf8(output.stderr).expect("standard error is UTF-8");
+    Run { code: output.status.code(), stdout: output.stdout, stderr }
+}
+
+impl Run {
+    /// Standard output of a run that must have succeeded.
+    #[track_caller]
+    pub(crate) fn ok(&self) -> &str {
+        assert_eq!(self.code, Some(0), "{}", self.stderr);
+        assert!(!self.stderr.lines().any(|l| l.starts_with("error:")), "{}", self.stderr);
+        self.text()
+    }
+
+    /// Standard output, which must be whole characters.
+    #[track_caller]
+    pub(crate) fn text(&self) -> &str {
+        std::str::from_utf8(&self.stdout).expect("standard output is UTF-8")
+    }
+
+    /// The one JSON object that a successful run printed.
+    #[track_caller]
+    pub(crate) fn json(&self) -> Value {
+        let text = self.ok();
+        let value: Value = serde_json::from_str(text).unwrap_or_else(|e| panic!("one JSON object, {e}: {text}"));
+        assert!(value.is_object(), "{text}");
+        value
+    }
+
+    /// A clear failure: this exit code, one `error:` line with all of `parts`, nothing on standard output, no panic.
+    #[track_caller]
+    pub(crate) fn fails(&self, code: i32, parts: &[&str]) {
+        let errors: Vec<&str> = self.stderr.lines().filter(|l| l.starts_with("error:")).collect();
+        assert_eq!((self.code, errors.len()), (Some(code), 1), "{:?}\n{}", self.text(), self.stderr);
+        assert!(!self.stderr.contains("panicked"), "{}", self.stderr);
+        assert!(self.stdout.is_empty(), "{:?}", self.text());
+        for part in parts {
+            assert!(errors[0].contains(part), "{part:?} is not in {:?}", errors[0]);
+        }
+    }
+}
+
+/// The keys of an object, sorted.
+#[track_caller]
+pub(crate) fn keys(value: &Value) -> Vec<&str> {
+    let mut keys: Vec<&str> = value.as_object().expect("an object").keys().map(String::as_str).collect();
+    keys.sort_unstable();
+    keys
+}
+
+/// Asserts that the object has all of these keys.
+#[track_caller]
+pub(crate) fn has_keys(value: &Value, wanted: &[&str]) {
+    let found = keys(value);
+    assert!(wanted.iter().all(|k| found.contains(k)), "wanted {wanted:?}, found {found:?}");
+}
+
+/// The plugin of these tests: `XLLAMA_DEVICE` if it is a path, else the default CPU build, installed when first needed.
+pub(crate) fn plugin() -> &'static Path {
+    static PLUGIN: OnceLock<PathBuf> = OnceLock::new();
+    PLUGIN.get_or_init(|| {
+        let asked = std::env::var_os("XLLAMA_DEVICE").map(PathBuf::from).filter(|p| p.is_file());
+        asked.unwrap_or_else(|| {
+            let build = wheel::default_build(wheel::PluginKind::Cpu).expect("a CPU build for this machine");
+            wheel::install(build, &FetchOptions::default(), &mut |_| ()).expect("the CPU plugin")
+        })
+    })
+}
+
+/// A cache folder that tests share, below the build folder.
+pub(crate) fn test_cache() -> PathBuf {
+    Path::new(env!("CARGO_TARGET_TMPDIR")).join("cache")
+}
+
+/// A file of the repository.
+pub(crate) fn repository(path: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join(path)
+}
+
+/// The checkpoint of a golden case.
+pub(crate) fn golden(case: &str) -> String {
+    repository(&format!("golden/{case}/model")).to_str().expect("UTF-8").to_string()
+}
+
+/// Opens a checkpoint in this process, in f32.
+pub(crate) fn engine(folder: &Path) -> Engine {
+    let (plugin, client) = device::open(plugin(), 1).expect("the plugin opens");
+    let checkpoint = Checkpoint::open(folder).expect("a checkpoint");
+    let cache = Some(test_cache().join("executables"));
+    Engine::load(plugin, client, &checkpoint, xla::DType::F32, cache, &|_, _| ()).expect("it loads")
+}
+
+/// A Llama of one small layer in memory, float32.
+#[derive(Clone)]
+pub(crate) struct Tiny {
+    pub(crate) config: Value,
+    /// Shape and values by Hugging Face name.
+    pub(crate) tensors: BTreeMap<String, (Vec<usize>, Vec<f32>)>,
+    /// A tokenizer from tests/data/chat/tokenizers.
+    pub(crate) tokenizer: Option<&'static str>,
+}
+
+/// Vocabulary of the tokenizer `byte_tokens`, whose id of a byte is 3 + the byte.
+pub(crate) const BYTE_TOKENS: usize = 349;
+
+impl Tiny {
+    /// Norms of ones, zeros elsewhere: attention and MLP add nothing, so the logits are a function of the last token.
+    fn zeros(vocab: usize, hidden: usize) -> Tiny {
+        let config = json!({
+            "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": vocab, "hidden_size": hidden,
+            "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 6,
+            "intermediate_size": 10, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "hidden_act": "silu",
+            "attention_bias": false, "mlp_bias": false, "tie_word_embeddings": false, "bos_token_id": 1,
+            "eos_token_id": 2, "rope_theta": 10000.0, "torch_dtype": "float32",
+        });
+        let cfg = ModelConfig::from_value(&config, Path::new("config.json")).expect("a valid configuration");
+        let params = Llama::declare(&cfg).into_leaves().into_iter().map(|p| {
+            let value = if p.hf_name.contains("norm") { 1.0 } else { 0.0 };
+            let values = vec![value; p.elements()];
+            (p.hf_name, (p.hf_shape, values))
+        });
+        Tiny { config, tensors: params.collect(), tokenizer: None }
+    }
+
+    /// Every weight at random: what it says means nothing, but depends on all of the text.
+    pub(crate) fn random() -> Tiny {
+        let mut tiny = Tiny { tokenizer: Some("byte_tokens"), ..Tiny::zeros(BYTE_TOKENS, 20) };
+        let mut state = 1u64;
+        for (name, (_, values)) in &mut tiny.tensors {
+            for value in values.iter_mut().filter(|_| !name.contains("norm")) {
+                state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+                *value = (state >> 40) as f32 / (1 << 23) as f32 - 1.0;
+            }
+        }
+        tiny
+    }
+
+    /// After the first token it says the bytes of `text`, each of which may stand there once, and then the last id of
+    /// `then` (2 ends the text; the first byte's id begins again). Other ids are less likely by 12 nats.
+    pub(crate) fn says(text: &str, then: u32) -> Tiny {
+        let mut tiny = Tiny { tokenizer: Some("byte_tokens"), ..Tiny::zeros(BYTE_TOKENS, BYTE_TOKENS) };
+        let ids: Vec<usize> = [1].into_iter().chain(text.bytes().map(|b| 3 + b as usize)).chain([then as usize]).collect();
+        for id in 0..BYTE_TOKENS {
+            tiny.set("model.embed_tokens.weight", id, id, 1.0);
+        }
+        for pair in ids.windows(2) {
+            tiny.set("lm_head.weight", pair[1], pair[0], 12.0 / (BYTE_TOKENS as f32).sqrt());
+        }
+        tiny
+    }
+
+    /// Always these logits, one per id.
+    pub(crate) fn constant(logits: &[f32]) -> Tiny {
+        let mut tiny = Tiny::zeros(logits.len(), 8);
+        for (id, logit) in logits.iter().enumerate() {
+            for axis in 0..8 {
+                tiny.set("model.embed_tokens.weight", id, axis, 1.0);
+                tiny.set("lm_head.weight", id, axis, logit / 8.0);
+            }
+        }
+        tiny
+    }
+
+    fn set(&mut self, name: &str, row: usize, column: usize, value: f32) {
+        let (shape, values) = self.tensors.get_mut(name).expect("a parameter");
+        values[row * shape[1] + column] = value;
+    }
+
+    /// The same with one key of config.json changed.
+    pub(crate) fn with(mut self, key: &str, value: Value) -> Tiny {
+        self.config[key] = value;
+        self
+    }
+
+    /// Writes it as a Hugging Face folder.
+    pub(crate) fn write(&self, folder: &Path) {
+        fs::create_dir_all(folder).expect("a new folder");
+        fs::write(folder.join("config.json"), format!("{:#}", self.config)).expect("writable");
+        fs::write(folder.join("model.safetensors"), self.safetensors()).expect("writable");
+        if let Some(name) = self.tokenizer {
+            let from = repository(&format!("tests/data/chat/tokenizers/{name}.json"));
+            fs::copy(from, folder.join("tokenizer.json")).expect("writable");
+        }
+    }
+
+    /// The bytes of `model.safetensors`.
+    pub(crate) fn safetensors(&self) -> Vec<u8> {
+        let bytes = |values: &[f32]| values.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<u8>>();
+        let data: Vec<(&String, &Vec<usize>, Vec<u8>)> =
+            self.tensors.iter().map(|(name, (shape, values))| (name, shape, bytes(values))).collect();
+        let views = data.iter().map(|(name, shape, bytes)| {
+            (name, TensorView::new(Dtype::F32, shape.to_vec(), bytes).expect("consistent"))
+        });
+        safetensors::serialize(views, None).expect("a valid file")
+    }
+
+    /// A folder of its own with the model in it.
+    pub(crate) fn folder(&self) -> Folder {
+        let folder = Folder::new();
+        self.write(&folder.path("model"));
+        folder
+    }
+}
+
+/// A temporary folder.
+pub(crate) struct Folder(TempDir);
+
+impl Folder {
+    pub(crate) fn new() -> Folder {
+        Folder(tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a temporary folder"))
+    }
+
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    /// As text, for arguments.
+    pub(crate) fn arg(&self, name: &str) -> String {
+        self.path(name).to_str().expect("UTF-8").to_string()
+    }
+
+    /// The model that [`Tiny::folder`] wrote.
+    pub(crate) fn model(&self) -> String {
+        self.arg("model")
+    }
+
+    /// What lies in it, sorted.
+    pub(crate) fn names(&self) -> Vec<String> {
+        let entries = fs::read_dir(self.0.path()).expect("a folder");
+        let mut names: Vec<String> =
+            entries.map(|e| e.expect("an entry").file_name().to_string_lossy().into_owned()).collect();
+        names.sort();
+        names
+    }
+}
+
+/// Type, shape and bytes of every tensor in the safetensors files of a folder, through the safetensors library.
+pub(crate) fn read_tensors(folder: &Path) -> BTreeMap<String, (Dtype, Vec<usize>, Vec<u8>)> {
+    let mut tensors = BTreeMap::new();
+    for entry in fs::read_dir(folder).expect("a folder") {
+        let path = entry.expect("an entry").path();
+        if path.extension().is_some_and(|e| e == "safetensors") {
+            let bytes = fs::read(&path).expect("readable");
+            for (name, view) in SafeTensors::deserialize(&bytes).expect("a valid file").tensors() {
+                let tensor = (view.dtype(), view.shape().to_vec(), view.data().to_vec());
+                assert!(tensors.insert(name, tensor).is_none(), "a tensor twice");
+            }
+        }
+    }
+    tensors
+}
+
+/// Sends a signal (`INT`, `KILL`) to a process that these tests started.
+pub(crate) fn signal(child: &Child, name: &str) {
+    let status = Command::new("sh").args(["-c", &format!("kill -{name} {}", child.id())]).status();
+    assert!(status.expect("a shell").success());
+}
+
+/// Waits until `ready`, at most a minute.
+#[track_caller]
+pub(crate) fn wait_for(what: &str, mut ready: impl FnMut() -> bool) {
+    let started = Instant::now();
+    while !ready() {
+        assert!(started.elapsed() < Duration::from_secs(60), "{what}: not within a minute");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
