@@ -1,22 +1,22 @@
-//! The key/value cache: one pair of arrays per layer, (B, T, G, K) each, donated to every step.
+//! The key/value cache: one pair of arrays per layer, (B, G, T, K) each, donated to every step.
 //!
-//! Row-major over positions, so that one position of a slot is contiguous and one scatter (or one
-//! dynamic-update-slice for a single slot) writes in place on every platform.
+//! Heads before positions: each head's keys are a matrix as it lies, so that XLA:CPU multiplies with it in place. With
+//! (B, T, G, K) it first transposes the whole cache, at every layer of every step.
 
 use xla::DType;
 use xla::graph::{ArgAttrs, Graph, Tensor};
 
 use crate::config::ModelConfig;
 
-/// The logical axes of a cache array (B, T, G, K).
-pub const CACHE_AXES: [&str; 4] = ["batch", "sequence", "kv_heads", "head_dim"];
+/// The logical axes of a cache array (B, G, T, K).
+pub const CACHE_AXES: [&str; 4] = ["batch", "kv_heads", "sequence", "head_dim"];
 
 /// Keys and values of one layer.
 #[derive(Clone, Debug)]
 pub struct LayerCache<T> {
-    /// Keys after rotation, (B, T, G, K).
+    /// Keys after rotation, (B, G, T, K).
     pub k: T,
-    /// Values, (B, T, G, K).
+    /// Values, (B, G, T, K).
     pub v: T,
 }
 
@@ -39,12 +39,12 @@ pub struct CacheShape {
 }
 
 impl CacheShape {
-    /// The dimensions (B, T, G, K) of each array.
+    /// The dimensions (B, G, T, K) of each array.
     pub fn dims(&self, cfg: &ModelConfig) -> [usize; 4] {
-        [self.batch, self.len, cfg.n_kv_heads, cfg.head_dim]
+        [self.batch, cfg.n_kv_heads, self.len, cfg.head_dim]
     }
 
-    /// Bytes of the whole cache: 2 · L · B · T · G · K elements.
+    /// Bytes of the whole cache: 2 · L · B · G · T · K elements.
     pub fn bytes(&self, cfg: &ModelConfig) -> usize {
         2 * cfg.n_layers * self.dims(cfg).iter().product::<usize>() * self.dtype.size()
     }
@@ -83,23 +83,33 @@ impl LayerCache<Tensor> {
     /// (StableHLO scatter), which is what a slot that has nothing to write relies on.
     #[track_caller]
     pub fn update(&self, k: &Tensor, v: &Tensor, position: &Tensor) -> LayerCache<Tensor> {
-        LayerCache { k: write(&self.k, k, position).named("k_cache"), v: write(&self.v, v, position).named("v_cache") }
+        let (k, v) = (write(&self.k, k, position).named("k_cache"), write(&self.v, v, position).named("v_cache"));
+        // Without the barrier XLA:CPU fuses the write into its readers, once each, and copies the cache for every one.
+        match &k.graph().optimization_barrier(&[&k, &v])[..] {
+            [k, v] => LayerCache { k: k.clone(), v: v.clone() },
+            _ => unreachable!("a barrier returns what it was given"),
+        }
     }
 
-    /// The first `len` positions (B, len, G, K): what a step that ends at or before `len` reads.
+    /// The first `len` positions (B, G, len, K): what a step that ends at or before `len` reads.
     #[track_caller]
     pub fn read(&self, len: usize) -> LayerCache<Tensor> {
-        LayerCache { k: self.k.narrow(1, 0, len), v: self.v.narrow(1, 0, len) }
+        LayerCache { k: self.k.narrow(2, 0, len), v: self.v.narrow(2, 0, len) }
     }
 }
 
+/// Writes (B, S, G, K) at positions `position` (B) of a cache (B, G, T, K).
 #[track_caller]
 fn write(cache: &Tensor, new: &Tensor, position: &Tensor) -> Tensor {
-    let new = new.cast(cache.dtype());
-    if cache.dim(0) == 1 {
+    let new = new.cast(cache.dtype()).transpose(&[0, 2, 1, 3]);
+    let [b, g, t, k] = [0, 1, 2, 3].map(|axis| cache.dim(axis));
+    if b == 1 {
         let zero = cache.graph().scalar(0i64, DType::I32);
-        cache.dynamic_update_slice(&new, &[&zero, &position.reshape(&[]), &zero, &zero])
+        cache.dynamic_update_slice(&new, &[&zero, &zero, &position.reshape(&[]), &zero])
     } else {
-        cache.update_positions(&new, position)
+        // A scatter has one window per row: each head of each slot is a row of its own.
+        let rows = position.broadcast(&[b, g], &[0]).reshape(&[b * g]);
+        let new = new.reshape(&[b * g, new.dim(2), k]);
+        cache.reshape(&[b * g, t, k]).update_positions(&new, &rows).reshape(&[b, g, t, k])
     }
 }

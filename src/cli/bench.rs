@@ -46,7 +46,7 @@ struct Run {
 impl Args {
     pub fn run(self, context: &Context) -> anyhow::Result<ExitCode> {
         let loaded = self.model.load(context)?;
-        context_len(&loaded.checkpoint, self.prompt_tokens + self.gen_tokens, 0, None)?;
+        context_len(&loaded.checkpoint, self.prompt_tokens.saturating_add(self.gen_tokens), 0, None)?;
         let engine = &loaded.engine;
         let warm = self.once(engine)?;
         let compile = engine.compile_stats();

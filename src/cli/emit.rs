@@ -7,10 +7,10 @@ use std::process::ExitCode;
 use clap::ValueEnum;
 use serde_json::json;
 use xla::DType;
-use xla::pjrt::{CompileOptions, OptionOverride};
+use xla::pjrt::OptionOverride;
 use xllama::Error;
 use xllama::generation::sampling::SamplerSpec;
-use xllama::runtime::{CACHE_STEP, Output, StepSpec, build, device};
+use xllama::runtime::{CACHE_STEP, Output, StepSpec, build, compile_options, device};
 
 use super::Context;
 use super::generate::context_len;
@@ -95,7 +95,7 @@ impl Args {
 fn optimized(plugin: &Path, text: &str) -> anyhow::Result<String> {
     let (_, client) = device::open(plugin, 1)?;
     let folder = tempfile::tempdir()?;
-    let mut options = CompileOptions::default();
+    let mut options = compile_options(&client);
     let dump = folder.path().display().to_string();
     options.env_options.insert("xla_dump_to".into(), OptionOverride::Str(dump));
     options.env_options.insert("xla_dump_hlo_as_text".into(), OptionOverride::Bool(true));

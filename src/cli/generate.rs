@@ -209,7 +209,7 @@ pub fn context_len(
             advice: "shorten the prompt".into(),
         });
     }
-    Ok((prompt + max_tokens).min(limit))
+    Ok(prompt.saturating_add(max_tokens).min(limit))
 }
 
 /// Ids that end a text: of config.json, generation_config.json and the tokenizer.

@@ -21,6 +21,7 @@ pub struct Args {
 #[derive(Subcommand)]
 enum Action {
     /// Run every golden of a folder and print how far each is from PyTorch.
+    #[command(after_help = "Example:\n  xllama golden check golden/ --case gqa2")]
     Check {
         /// The folder with manifest.json.
         #[arg(default_value = "golden")]

@@ -21,7 +21,8 @@ impl Interrupt {
             let again = flag.swap(true, Ordering::SeqCst);
             if again || !waited_for.load(Ordering::SeqCst) {
                 eprintln!("error: interrupted");
-                std::process::exit(1);
+                // Other threads may be inside of a plugin: destroying its globals under them aborts the process.
+                xla::pjrt::exit_at_once(1);
             }
         })?;
         Ok(interrupt)

@@ -125,8 +125,14 @@ pub fn main(started: Instant) -> ExitCode {
 
 /// One `error:` line; 2 for what the command line got wrong, 1 for everything else.
 fn fail(e: &anyhow::Error) -> ExitCode {
-    let line = format!("{e:#}").replace('\n', " ");
-    eprintln!("error: {line}");
+    let mut line = e.to_string();
+    for cause in e.chain().skip(1).map(ToString::to_string) {
+        // Many messages end in their cause already.
+        if !line.contains(&cause) {
+            line = format!("{line}: {cause}");
+        }
+    }
+    eprintln!("error: {}", line.replace('\n', " "));
     match e.downcast_ref::<Error>() {
         Some(Error::Option { .. }) => ExitCode::from(2),
         _ => ExitCode::from(1),

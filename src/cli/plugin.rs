@@ -21,11 +21,13 @@ pub struct Args {
 #[derive(Subcommand)]
 enum Action {
     /// What is known and what is installed.
+    #[command(after_help = "Example:\n  xllama plugin list cpu")]
     List {
         /// Only builds of this kind.
         kind: Option<PluginKind>,
     },
     /// Fetch a plugin with pip, check its hash and unpack it into the cache.
+    #[command(after_help = "Example:\n  xllama plugin install cpu")]
     Install {
         /// cpu, cuda or tpu.
         kind: PluginKind,
@@ -34,6 +36,7 @@ enum Action {
         build: Option<String>,
     },
     /// Print the path of an installed plugin.
+    #[command(after_help = "Example:\n  xllama plugin path cpu")]
     Path {
         /// cpu, cuda or tpu.
         #[arg(default_value = "cpu")]

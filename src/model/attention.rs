@@ -56,13 +56,13 @@ pub fn attention(
     let past = cache.read(mask.visible.dim(2));
 
     let q = (q * (k_dim as f64).powf(-0.5)).cast(past.k.dtype()).reshape(&[b, s, g, h / g, k_dim]);
-    let scores = einsum_as("BSGRK,BTGK->BGRST", &q, &past.k, DType::F32);
-    let visible = mask.visible.broadcast(scores.shape(), &[0, 3, 4]);
+    let scores = einsum_as("BSGRK,BGTK->BGSRT", &q, &past.k, DType::F32);
+    let visible = mask.visible.broadcast(scores.shape(), &[0, 2, 4]);
     let scores = visible.select(&scores, f64::from(f32::MIN));
     let weights = (&scores - scores.max_keep(&[4]).broadcast_to(scores.shape())).exp();
     let total = weights.sum(&[4]);
-    let out = einsum_as("BGRST,BTGK->BSGRK", &weights.cast(past.v.dtype()), &past.v, DType::F32);
-    let out = &out / total.transpose(&[0, 3, 1, 2]).broadcast(out.shape(), &[0, 1, 2, 3]);
+    let out = einsum_as("BGSRT,BGTK->BGSRK", &weights.cast(past.v.dtype()), &past.v, DType::F32);
+    let out = (&out / total.broadcast(out.shape(), &[0, 1, 2, 3])).transpose(&[0, 2, 1, 3, 4]);
     let out = out.reshape(&[b, s, h, k_dim]).shard(heads);
 
     (linear("BSHK,HKM->BSM", &out, &p.out_proj, p.out_bias.as_ref()).named("out"), cache)

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use converter::Checkpoint;
 use xla::DType;
 use xla::graph::Graph;
-use xla::pjrt::{Buffer, Client, CompileOptions, Device, LoadedExecutable, Plugin};
+use xla::pjrt::{Buffer, Client, CompileOptions, Device, LoadedExecutable, OptionOverride, Plugin};
 
 use super::exec_cache::{ExecutableCache, Origin};
 use super::program::{self, StepSpec};
@@ -155,7 +155,7 @@ impl Engine {
     }
 
     fn compile(&self, text: &str, started: Instant) -> Result<LoadedExecutable, Error> {
-        let (executable, origin) = self.executables.get(&self.client, text, &CompileOptions::default())?;
+        let (executable, origin) = self.executables.get(&self.client, text, &compile_options(&self.client))?;
         let mut stats = lock(&self.compiled);
         stats.time += started.elapsed();
         match origin {
@@ -164,6 +164,16 @@ impl Engine {
         }
         Ok(executable)
     }
+}
+
+/// Options that were measured to help. On a CPU with 512-bit vectors LLVM prefers 256 bits unless told; a one-row product
+/// in f32 gains 3 to 10 %.
+pub fn compile_options(client: &Client) -> CompileOptions {
+    let mut options = CompileOptions::default();
+    if client.platform_name().eq_ignore_ascii_case("cpu") {
+        options.env_options.insert("xla_cpu_prefer_vector_width".into(), OptionOverride::Int(512));
+    }
+    options
 }
 
 /// The data behind these locks is valid whatever happened to the thread that held them.

@@ -6,7 +6,7 @@ mod exec_cache;
 mod program;
 mod session;
 
-pub use engine::{CompileStats, Engine, Program};
+pub use engine::{CompileStats, Engine, Program, compile_options};
 pub use exec_cache::hex;
 pub use program::{Output, StepSpec, build};
 pub use session::{CACHE_STEP, CHUNKS, Session, TokenRead};

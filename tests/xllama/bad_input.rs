@@ -77,7 +77,9 @@ fn gguf_files_with_absurd_counts() {
         [b"GGUF", &3u32.to_le_bytes()[..], &tensors.to_le_bytes(), &pairs.to_le_bytes(), rest].concat()
     };
     let string = |text: &str| [&(text.len() as u64).to_le_bytes()[..], text.as_bytes()].concat();
-    let array = |len: u64| [string("k"), 9u32.to_le_bytes().to_vec(), 4u32.to_le_bytes().to_vec(), len.to_le_bytes().to_vec()].concat();
+    let array = |len: u64| {
+        [string("k"), 9u32.to_le_bytes().to_vec(), 4u32.to_le_bytes().to_vec(), len.to_le_bytes().to_vec()].concat()
+    };
     for (name, bytes, part) in [
         ("only the magic number", b"GGUF".to_vec(), "ends at byte 4"),
         ("2^64 - 1 tensors", file(u64::MAX, 0, &[]), "the number of tensors is 18446744073709551615"),
@@ -196,7 +198,8 @@ fn prompts_longer_than_the_context() {
     let model = folder.model();
     let generate = |args: &[&str]| run([&["generate", "--json", "--model", &model], args].concat());
     let long = "abcdefghijklmnopqrstuvwxyz 0123456789";
-    generate(&[long]).fails(1, &["the prompt of ", "24 is the limit (max_position_embeddings of the model)", "shorten"]);
+    generate(&[long])
+        .fails(1, &["the prompt of ", "24 is the limit (max_position_embeddings of the model)", "shorten"]);
     generate(&["abcdefgh", "--max-seq", "4"]).fails(1, &["4 is the limit (--max-seq)"]);
     generate(&["a", "--max-seq", "25"]).fails(2, &["--max-seq must be between 1 and 24", "found 25"]);
     generate(&["a", "--max-seq", "0"]).fails(2, &["--max-seq must be between 1 and 24"]);
@@ -207,7 +210,8 @@ fn prompts_longer_than_the_context() {
 
     // A prompt that just fits still gets the one token that needs no further position; a shorter one fills the context.
     let done = generate(&["ab", "--max-tokens", "1000000"]).json();
-    let (prompt, tokens) = (done["prompt_tokens"].as_u64().expect("a count"), done["tokens"].as_array().expect("ids").len());
+    let (prompt, tokens) =
+        (done["prompt_tokens"].as_u64().expect("a count"), done["tokens"].as_array().expect("ids").len());
     assert_eq!((prompt + tokens as u64, done["finish_reason"].as_str()), (25, Some("length")), "{done}");
     let most = usize::MAX.to_string();
     assert_eq!(generate(&["ab", "--max-tokens", &most]).json()["tokens"], done["tokens"]);
@@ -218,7 +222,10 @@ fn nothing_to_generate_and_nothing_to_begin_with() {
     let folder = Tiny::says("so it is", 2).folder();
     let model = folder.model();
     let none = run(["generate", "x", "--max-tokens", "0", "--json", "--model", &model]).json();
-    assert_eq!((none["text"].as_str(), &none["tokens"], none["finish_reason"].as_str()), (Some(""), &json!([]), Some("length")));
+    assert_eq!(
+        (none["text"].as_str(), &none["tokens"], none["finish_reason"].as_str()),
+        (Some(""), &json!([]), Some("length"))
+    );
     assert_eq!(none["prompt_tokens"], 3); // <s>, ▁, x
 
     // An empty prompt is the first token alone.
@@ -275,7 +282,8 @@ fn plugins_that_are_no_plugins() {
     let text = folder.arg("plugin.so");
     fs::write(&text, "not a plugin").expect("writable");
     let maps = fs::read_to_string("/proc/self/maps").expect("Linux");
-    let library = maps.split_whitespace().find(|w| w.contains("/libc.so") || w.contains("/libc-")).expect("libc").to_string();
+    let library =
+        maps.split_whitespace().find(|w| w.contains("/libc.so") || w.contains("/libc-")).expect("libc").to_string();
     for (device, parts) in [
         (text.as_str(), &["plugin.so"][..]),
         ("/nowhere/plugin.so", &["/nowhere/plugin.so"]),
@@ -294,7 +302,15 @@ fn plugins_that_are_no_plugins() {
 
 /// Greedy text of the model with a cache of its own, and what was said about it.
 fn with_cache(cache: &Path, model: &str) -> (Value, String) {
-    let run = finish(xllama().env("XLLAMA_CACHE", cache).args(["generate", "abc", "--max-tokens", "5", "--json", "--model", model]));
+    let run = finish(xllama().env("XLLAMA_CACHE", cache).args([
+        "generate",
+        "abc",
+        "--max-tokens",
+        "5",
+        "--json",
+        "--model",
+        model,
+    ]));
     (run.json()["tokens"].clone(), run.stderr)
 }
 
@@ -304,7 +320,8 @@ fn a_damaged_cache_entry_is_compiled_again() {
     let cache = folder.path("cache");
     let (tokens, said) = with_cache(&cache, &folder.model());
     assert!(!said.contains("not used"), "{said}");
-    let entries: Vec<PathBuf> = fs::read_dir(cache.join("executables")).expect("a folder").map(|e| e.expect("an entry").path()).collect();
+    let entries: Vec<PathBuf> =
+        fs::read_dir(cache.join("executables")).expect("a folder").map(|e| e.expect("an entry").path()).collect();
     assert!(entries.len() >= 2, "{entries:?}");
     let other = fs::read(&entries[0]).expect("readable");
 
@@ -368,7 +385,10 @@ fn a_cache_that_cannot_be_written() {
 fn on_a_full_disk(blocks: usize, args: &[&str]) -> Command {
     let program = xllama();
     let mut command = Command::new("sh");
-    command.args(["-c", &format!("trap '' XFSZ; ulimit -f {blocks}; exec \"$@\""), "sh"]).arg(program.get_program()).args(args);
+    command
+        .args(["-c", &format!("trap '' XFSZ; ulimit -f {blocks}; exec \"$@\""), "sh"])
+        .arg(program.get_program())
+        .args(args);
     for (key, value) in program.get_envs() {
         match value {
             Some(value) => command.env(key, value),
@@ -496,7 +516,11 @@ fn ctrl_c_ends_a_text() {
 fn a_closed_pipe_is_no_panic() {
     let folder = Tiny::says("abc\n", 3 + u32::from(b'a')).folder();
     let program = xllama();
-    let line = format!("{} generate --max-tokens 3000 --model {} | head -n 1", program.get_program().display(), folder.model());
+    let line = format!(
+        "{} generate --max-tokens 3000 --model {} | head -n 1",
+        program.get_program().display(),
+        folder.model()
+    );
     let mut shell = Command::new("sh");
     shell.args(["-c", &line]);
     program.get_envs().for_each(|(k, v)| drop(v.map(|v| shell.env(k, v))));

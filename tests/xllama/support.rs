@@ -186,7 +186,8 @@ impl Tiny {
     /// `then` (2 ends the text; the first byte's id begins again). Other ids are less likely by 12 nats.
     pub(crate) fn says(text: &str, then: u32) -> Tiny {
         let mut tiny = Tiny { tokenizer: Some("byte_tokens"), ..Tiny::zeros(BYTE_TOKENS, BYTE_TOKENS) };
-        let ids: Vec<usize> = [1].into_iter().chain(text.bytes().map(|b| 3 + b as usize)).chain([then as usize]).collect();
+        let ids: Vec<usize> =
+            [1].into_iter().chain(text.bytes().map(|b| 3 + b as usize)).chain([then as usize]).collect();
         for id in 0..BYTE_TOKENS {
             tiny.set("model.embed_tokens.weight", id, id, 1.0);
         }

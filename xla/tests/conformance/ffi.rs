@@ -4,7 +4,9 @@ use ndarray::array;
 use xla::DType;
 use xla::graph::ops::custom_call::{Attr, CustomCall};
 use xla::graph::{Aval, Graph};
-use xla::pjrt::{Attributes, CallFrame, Client, Code, CompileOptions, Error, FfiError, Handler, LoadedExecutable, Plugin};
+use xla::pjrt::{
+    Attributes, CallFrame, Client, Code, CompileOptions, Error, FfiError, Handler, LoadedExecutable, Plugin,
+};
 
 use crate::case::Case;
 use crate::on_each;

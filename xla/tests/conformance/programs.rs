@@ -1,9 +1,11 @@
 //! Whole programs: donation, serialization, the text of graphs, and their errors.
 
+use std::cell::RefCell;
+
 use ndarray::{Array1, array};
 use xla::DType;
 use xla::graph::ops::custom_call::{Attr, CustomCall};
-use xla::graph::{Aval, Emission, Graph, Module, einsum};
+use xla::graph::{Algorithm, Aval, Emission, Graph, Module, einsum};
 use xla::pjrt::CompileOptions;
 
 use crate::case::{Case, compile};
@@ -17,7 +19,11 @@ fn step(donate: bool) -> Module {
     let at = g.arg("at", DType::I32, &[1]);
     let next = cache.update_positions(&new, &at);
     g.output("sum", &next.sum(&[0, 1, 2]));
-    if donate { g.output_aliased("cache", &next, &cache) } else { g.output("cache", &next) }
+    if donate {
+        g.output_aliased("cache", &next, &cache)
+    } else {
+        g.output("cache", &next)
+    }
     g.finish().unwrap()
 }
 
@@ -83,11 +89,9 @@ fn mixed() -> Case {
 #[test]
 fn a_serialized_program_gives_the_same() {
     on_each(|client| {
-        for (case, emission) in [
-            (mixed(), Emission::Shardy),
-            (devices::mlp(true), Emission::Shardy),
-            (devices::mlp(true), Emission::Gspmd),
-        ] {
+        for (case, emission) in
+            [(mixed(), Emission::Shardy), (devices::mlp(true), Emission::Shardy), (devices::mlp(true), Emission::Gspmd)]
+        {
             let module = case.module();
             let bytes = compile(client, &module, emission).unwrap().serialize().unwrap();
             let loaded = client.deserialize(&bytes).unwrap();
@@ -104,6 +108,81 @@ fn a_serialized_program_gives_the_same() {
         let out = client.deserialize(&bytes).unwrap().execute(&[&cache, &new, &at]).unwrap();
         assert_eq!(out[0].to_vec::<f32>().unwrap(), [6.0]);
         assert!(cache.is_deleted().unwrap());
+    });
+}
+
+#[test]
+fn random_bits_are_the_same_everywhere() {
+    let g = Graph::new("bits");
+    let mut state = g.arg("state", DType::U64, &[2]);
+    for (i, (dtype, shape)) in
+        [(DType::U32, &[3, 7][..]), (DType::U64, &[5]), (DType::U32, &[]), (DType::U16, &[9]), (DType::U8, &[11])]
+            .into_iter()
+            .enumerate()
+    {
+        for algorithm in [Algorithm::ThreeFry, Algorithm::Philox] {
+            let (next, bits) = state.rng_bits(algorithm, dtype, shape);
+            g.output(&format!("bits {i} {algorithm:?}"), &bits);
+            state = next;
+        }
+    }
+    let (next, uniform) = state.rng_uniform(&[999]);
+    g.output("state", &next);
+    g.output("uniform", &uniform);
+    let text = g.finish().unwrap().stablehlo();
+    let first = RefCell::new(None);
+    on_each(|client| {
+        let exe = client.compile(&text, &CompileOptions::default()).unwrap();
+        let draw = |seed: u64| -> Vec<Vec<u8>> {
+            let state = client.upload_slice(&[seed, 0], &[2], None).unwrap();
+            exe.execute(&[&state]).unwrap().iter().map(|out| out.to_host().unwrap()).collect()
+        };
+        let (drawn, uniform) = (draw(42), exe.outputs().unwrap().len() - 1);
+        assert_eq!(drawn, draw(42));
+        assert_ne!(drawn[0], draw(43)[0]);
+        let numbers: Vec<f32> =
+            drawn[uniform].chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
+        assert!(numbers.iter().all(|x| (0.0..1.0).contains(x)));
+        let mean = numbers.iter().sum::<f32>() / 999.0;
+        assert!((mean - 0.5).abs() < 0.04, "{mean}");
+        assert_eq!(*first.borrow_mut().get_or_insert_with(|| drawn.clone()), drawn);
+    });
+}
+
+/// Names of any kind, an argument that is an output, a tensor that is two outputs, arrays of nothing.
+#[test]
+fn odd_frames() {
+    let g = Graph::new("a name: \"with\" 2 lines\nand é");
+    let x = g.arg("x \"quoted\"\\ é\n", DType::F32, &[3]);
+    let same = g.arg("x_quoted", DType::F32, &[3]);
+    let unused = g.arg("0.main", DType::BF16, &[2]);
+    let none = g.arg("none", DType::F32, &[0, 4]);
+    let _scope = g.scope("a \"scope\"/%with/@signs");
+    let y = g.call("main", &[&x], |a| vec![(&a[0] + 1.0).named("%0 \"y\"")]);
+    let nothing = g.call("nothing", &[], |_| vec![]);
+    assert!(nothing.is_empty());
+    g.output("y \"1\"", &y[0]);
+    g.output("y2", &y[0]);
+    g.output("passed on", &x);
+    g.output_aliased("donated as it is", &same, &same);
+    g.output("joined", &g.concatenate(&[&none, &none], 0));
+    g.output("nothing's product", &einsum("AB,AC->BC", &none, &none).sum(&[0, 1]));
+    g.output("order", &none.sort(1, false));
+    g.output("the first none", &y[0].top_k(0).1);
+    let module = g.finish().unwrap();
+    on_each(|client| {
+        for emission in [Emission::Shardy, Emission::Gspmd] {
+            let exe = compile(client, &module, emission).unwrap();
+            let [a, b] = [[1f32, 2.0, 3.0], [4.0, 5.0, 6.0]].map(|v| client.upload_slice(&v, &[3], None).unwrap());
+            let c = client.upload_slice(&[half::bf16::ONE; 2], &[2], None).unwrap();
+            let d = client.upload_slice::<f32>(&[], &[0, 4], None).unwrap();
+            let out = exe.execute(&[&a, &b, &c, &d]).unwrap();
+            let numbers = |i: usize| out[i].to_vec::<f32>().unwrap();
+            assert_eq!((numbers(0), numbers(1)), (vec![2.0, 3.0, 4.0], vec![2.0, 3.0, 4.0]));
+            assert_eq!((numbers(2), numbers(3), numbers(5)), (vec![1.0, 2.0, 3.0], vec![4.0, 5.0, 6.0], vec![0.0]));
+            assert_eq!((out[4].dims(), out[6].dims(), out[7].dims()), (&[0, 4][..], &[0, 4][..], &[0][..]));
+            assert!(b.is_deleted().unwrap() && !a.is_deleted().unwrap() && unused.rank() == 1);
+        }
     });
 }
 

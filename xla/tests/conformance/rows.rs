@@ -20,15 +20,8 @@ use crate::clients;
 /// An op's name in `ops::ALL`, and what builds a program with it.
 type Row = (&'static str, fn(&mut Case));
 
-const GROUPS: [&[Row]; 7] = [
-    elementwise::ROWS,
-    arrays::ROWS,
-    positions::ROWS,
-    products::ROWS,
-    folds::ROWS,
-    control::ROWS,
-    collectives::ROWS,
-];
+const GROUPS: [&[Row]; 7] =
+    [elementwise::ROWS, arrays::ROWS, positions::ROWS, products::ROWS, folds::ROWS, control::ROWS, collectives::ROWS];
 
 /// The float types that every float op is run in.
 const FLOATS: [DType; 4] = [DType::F64, DType::F32, DType::BF16, DType::F16];

@@ -9,7 +9,12 @@ use crate::case::Case;
 
 /// Four devices in a mesh; "rows" is cut over all of them.
 fn on_mesh(c: &mut Case, axes: &[(&str, usize)]) {
-    let rules = Rules::new(&[("rows", &["data", "model"]), ("batch", &["data"]), ("mlp", &["model"])]);
+    let rules = Rules::new(&[
+        ("rows", &["data", "model"]),
+        ("batch", &["data"]),
+        ("mlp", &["model"]),
+        ("vocab", &["model", "data"]),
+    ]);
     c.g.set_mesh(Mesh::new(axes.iter().copied()).unwrap(), rules);
 }
 
@@ -44,6 +49,55 @@ pub(super) const ROWS: &[Row] = &[
         c.sharded_is(&h, &["", "mlp"], &(x.dot(&w) + 1.0));
         c.sharded_is(&(&h * 2.0), &["batch", ""], &((x.dot(&w) + 1.0) * 2.0));
     }),
+    ("sharding_constraint", |c| {
+        // An axis cut over two mesh axes, the second of the mesh first.
+        on_mesh(c, SQUARE);
+        let table = Array2::from_shape_fn((8, 6), |(i, j)| (10 * i + j) as f32);
+        let x = c.sharded_arg(&table, &["vocab", ""]);
+        c.sharded_is(&(&x + 1.0), &["vocab", ""], &(&table + 1.0));
+        c.sharded_is(&(&x * 2.0).shard(["rows", ""]), &["rows", ""], &(&table * 2.0));
+        let at = c.sharded_arg(&array![7i32, 0, 3, 4], &["batch"]);
+        let taken = table.select(Axis(0), &[7, 0, 3, 4]);
+        c.sharded_is(&x.take(&at, 0).shard(["batch", ""]), &["batch", ""], &taken);
+        c.sharded_is(&x.sum(&[0]).shard([""]), &[""], &table.sum_axis(Axis(0)));
+    }),
+    ("sharding_constraint", |c| {
+        on_mesh(c, &[("data", 1), ("expert", 2), ("model", 2)]);
+        let whole = Array2::from_shape_fn((4, 6), |(i, j)| (10 * i + j) as f32);
+        let x = c.sharded_arg(&whole, &["batch", "mlp"]);
+        c.sharded_is(&(&x + 1.0).shard(["rows", ""]), &["rows", ""], &(&whole + 1.0));
+    }),
+    ("manual_computation", |c| {
+        // Inside a function, the inputs whole along one mesh axis, or cut along both in the other order.
+        on_mesh(c, SQUARE);
+        let whole = Array2::from_shape_fn((8, 6), |(i, j)| (10 * i + j) as f32);
+        let x = c.sharded_arg(&whole, &["vocab", ""]);
+        let g = c.g.clone();
+        let y = g.call("inside", &[&x], |a| {
+            let inputs: [(&Tensor, &[&str]); 2] = [(&a[0], &["batch", ""]), (&a[0], &["vocab", ""])];
+            g.manual_computation(&inputs, &[&["batch", ""], &["vocab", ""], &["", ""]], |p| {
+                let three = g.scalar(3, DType::I32);
+                let looped = g.while_loop(
+                    &[&three, &p[1]],
+                    |v| v[0].gt(0),
+                    |v| vec![&v[0] - 1, v[1].all_reduce(Fold::Sum, &["data"])],
+                );
+                vec![
+                    p[0].reverse(&[0]),
+                    looped[1].clone(),
+                    p[1].sum_keep(&[0]).all_reduce(Fold::Sum, &["model", "data"]),
+                ]
+            })
+        });
+        let piece = |from: usize, n: usize| whole.slice(s![from..from + n, ..]);
+        let reversed = concatenate(Axis(0), &[piece(0, 4).slice(s![..;-1, ..]), piece(4, 4).slice(s![..;-1, ..])]);
+        c.sharded_is(&y[0], &["batch", ""], &reversed.unwrap());
+        // Rows 0 and 1 are on device 0 and rows 2 and 3 on device 2, which differ along "data": 4 times their sum.
+        let sums = [&piece(0, 2) + &piece(2, 2), &piece(4, 2) + &piece(6, 2)].map(|sum| sum * 4.0);
+        let sums = concatenate(Axis(0), &[sums[0].view(), sums[0].view(), sums[1].view(), sums[1].view()]);
+        c.sharded_is(&y[1], &["vocab", ""], &sums.unwrap());
+        c.sharded_is(&y[2], &["", ""], &whole.sum_axis(Axis(0)).insert_axis(Axis(0)));
+    }),
     ("manual_computation", |c| {
         // Each device sorts its own piece, which tells pieces from the whole.
         manual(c, SQUARE, |x| -(-x).sort(0, false), |d, x| x[d].slice(s![..;-1, ..]).to_owned());
@@ -61,7 +115,9 @@ pub(super) const ROWS: &[Row] = &[
         manual(c, SQUARE, |x| x.all_reduce(Fold::Max, &["data", "model"]), |_, x| x[3].clone());
     }),
     ("all_reduce", |c| {
-        let twice = |x: &Tensor| x.cast(DType::BF16).all_reduce(Fold::Min, &["data"]).cast(DType::F32) + x.all_reduce(Fold::Sum, &["data"]);
+        let twice = |x: &Tensor| {
+            x.cast(DType::BF16).all_reduce(Fold::Min, &["data"]).cast(DType::F32) + x.all_reduce(Fold::Sum, &["data"])
+        };
         manual(c, SQUARE, twice, |d, x| {
             let low = x[d].clone().mapv(f64::from);
             let other = x[d ^ 2].mapv(f64::from);
@@ -69,29 +125,45 @@ pub(super) const ROWS: &[Row] = &[
         });
     }),
     ("all_gather", |c| {
-        manual(c, SQUARE, |x| x.all_gather(1, &["data"]), |d, x| {
-            concatenate(Axis(1), &[x[d & 1].view(), x[d & 1 | 2].view()]).unwrap()
-        });
+        manual(
+            c,
+            SQUARE,
+            |x| x.all_gather(1, &["data"]),
+            |d, x| concatenate(Axis(1), &[x[d & 1].view(), x[d & 1 | 2].view()]).unwrap(),
+        );
     }),
     ("all_gather", |c| {
         // In the order in which the axes are named: "model" before "data".
-        manual(c, SQUARE, |x| x.all_gather(-1, &["model", "data"]), |_, x| {
-            concatenate(Axis(1), &[x[0].view(), x[2].view(), x[1].view(), x[3].view()]).unwrap()
-        });
+        manual(
+            c,
+            SQUARE,
+            |x| x.all_gather(-1, &["model", "data"]),
+            |_, x| concatenate(Axis(1), &[x[0].view(), x[2].view(), x[1].view(), x[3].view()]).unwrap(),
+        );
     }),
     ("reduce_scatter", |c| {
-        manual(c, SQUARE, |x| x.reduce_scatter(Fold::Sum, 1, &["model"]), |d, x| {
-            let sum = &x[d] + &x[d ^ 1];
-            let at = 2 * (d % 2);
-            sum.slice(s![.., at..at + 2]).to_owned()
-        });
+        manual(
+            c,
+            SQUARE,
+            |x| x.reduce_scatter(Fold::Sum, 1, &["model"]),
+            |d, x| {
+                let sum = &x[d] + &x[d ^ 1];
+                let at = 2 * (d % 2);
+                sum.slice(s![.., at..at + 2]).to_owned()
+            },
+        );
     }),
     ("all_to_all", |c| {
-        manual(c, SQUARE, |x| x.all_to_all(1, 0, &["data"]), |d, x| {
-            let at = 2 * (d / 2);
-            let part = |i: usize| x[i].slice(s![.., at..at + 2]).to_owned();
-            concatenate(Axis(0), &[part(d & 1).view(), part(d & 1 | 2).view()]).unwrap()
-        });
+        manual(
+            c,
+            SQUARE,
+            |x| x.all_to_all(1, 0, &["data"]),
+            |d, x| {
+                let at = 2 * (d / 2);
+                let part = |i: usize| x[i].slice(s![.., at..at + 2]).to_owned();
+                concatenate(Axis(0), &[part(d & 1).view(), part(d & 1 | 2).view()]).unwrap()
+            },
+        );
     }),
     ("collective_permute", |c| {
         manual(c, &[("model", 4)], |x| x.collective_permute(1, "model"), |d, x| x[(d + 3) % 4].clone());

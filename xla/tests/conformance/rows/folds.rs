@@ -16,7 +16,13 @@ pub(super) const ROWS: &[Row] = &[
             let (x, values) = c.arg_as(&ramp(0.25, 2.0, &[3, 5, 7]), dtype);
             let sum = values.sum_axis(Axis(2)).sum_axis(Axis(0));
             // bf16 may be summed in bf16.
-            let tolerance = if dtype == DType::BF16 { 0.05 } else if dtype == DType::F16 { 0.005 } else { 1e-6 };
+            let tolerance = if dtype == DType::BF16 {
+                0.05
+            } else if dtype == DType::F16 {
+                0.005
+            } else {
+                1e-6
+            };
             c.near_within(&x.sum(&[0, -1]), &sum, tolerance);
             c.near_within(&x.mean(&[0, 2]), &(sum / 21.0), tolerance);
             c.near(&x.max_keep(&[1]), &values.map_axis(Axis(1), |v| v[4]).insert_axis(Axis(1)));
@@ -46,7 +52,12 @@ pub(super) const ROWS: &[Row] = &[
         c.near(&x.softmax(-1), &(&exp / &total));
     }),
     ("arg_reduce", |c| {
-        let x = c.arg(&array![[1f32, 5.0, 5.0, 2.0], [NAN, 9.0, NAN, 1.0], [-INF, -INF, -INF, -INF], [0.0, -0.0, 0.0, -1.0]]);
+        let x = c.arg(&array![
+            [1f32, 5.0, 5.0, 2.0],
+            [NAN, 9.0, NAN, 1.0],
+            [-INF, -INF, -INF, -INF],
+            [0.0, -0.0, 0.0, -1.0]
+        ]);
         c.is(&x.argmax(-1), &array![1i32, 0, 0, 0]);
         c.is(&x.argmin(-1), &array![0i32, 0, 0, 3]);
         c.is(&x.narrow(0, 0, 1).argmax(0), &array![0i32, 0, 0, 0]);
@@ -79,7 +90,7 @@ pub(super) const ROWS: &[Row] = &[
     }),
     ("reduce_window", |c| {
         // The running sum over a vocabulary, as top-p sampling needs it. Whole numbers: every order of adding is exact.
-        let row: Array1<f32> = (0..49152u32).map(|i| (i * 2654435761 >> 30) as f32).collect();
+        let row: Array1<f32> = (0..49152u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 30) as f32).collect();
         let mut total = 0.0;
         let wanted = row.mapv(|v| {
             total += v;

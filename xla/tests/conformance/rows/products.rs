@@ -39,7 +39,13 @@ fn product(c: &mut Case, spec: &str, shapes: [&[usize]; 2], from: DType, to: DTy
     let (x, left) = c.arg_as(&mixed(shapes[0], 0.7), from);
     let (y, right) = c.arg_as(&mixed(shapes[1], 1.3), from);
     // The sums cancel: what the products add up to counts, not what is left.
-    let tolerance = if to == DType::BF16 { 0.02 } else if to == DType::F16 { 0.002 } else { 1e-5 };
+    let tolerance = if to == DType::BF16 {
+        0.02
+    } else if to == DType::F16 {
+        0.002
+    } else {
+        1e-5
+    };
     let wanted = reference(spec, &left, &right);
     let scale = wanted.iter().fold(0.0, |most: f64, v| most.max(v.abs()));
     let y = einsum_as(spec, &x, &y, to);
