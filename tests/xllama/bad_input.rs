@@ -9,7 +9,7 @@ use std::process::{Command, Stdio};
 use npyz::WriterBuilder;
 use serde_json::{Value, json};
 
-use crate::support::{BYTE_TOKENS, Folder, Tiny, finish, golden, plugin, run, signal, wait_for, xllama};
+use crate::support::{Folder, Tiny, byte_id, finish, golden, run, signal, wait_for, xllama};
 
 /// Every command that opens a checkpoint refuses this one in the same words; a conversion leaves nothing behind.
 #[track_caller]
@@ -84,7 +84,7 @@ fn gguf_files_with_absurd_counts() {
         ("only the magic number", b"GGUF".to_vec(), "ends at byte 4"),
         ("2^64 - 1 tensors", file(u64::MAX, 0, &[]), "the number of tensors is 18446744073709551615"),
         ("2^60 pairs", file(0, 1 << 60, &[]), "the number of metadata pairs is 1152921504606846976"),
-        ("a name of 2^63 bytes", file(0, 1, &(1u64 << 63).to_le_bytes()), "9223372036854775808"),
+        ("a name of 2^63 bytes", file(0, 1, &[&(1u64 << 63).to_le_bytes()[..], &[0; 8]].concat()), "9223372036854775808"),
         ("an array of 2^62 elements", file(0, 1, &array(1 << 62)), "the length of metadata `k` is 4611686018427387904"),
         ("nothing in it", file(0, 0, &[]), "general.architecture"),
         ("version 9", [b"GGUF", &9u32.to_le_bytes()[..], &[0; 16]].concat(), "GGUF version 9"),
@@ -209,36 +209,34 @@ fn prompts_longer_than_the_context() {
     run(["bench", "--model", &model, "--prompt-tokens", "20", "--gen-tokens", "5"]).fails(1, &["24 is the limit"]);
 
     // A prompt that just fits still gets the one token that needs no further position; a shorter one fills the context.
-    let done = generate(&["ab", "--max-tokens", "1000000"]).json();
+    let done = generate(&["ab", "--max-tokens", "1000000", "--logit-bias", "2=-inf"]).json();
     let (prompt, tokens) =
         (done["prompt_tokens"].as_u64().expect("a count"), done["tokens"].as_array().expect("ids").len());
     assert_eq!((prompt + tokens as u64, done["finish_reason"].as_str()), (25, Some("length")), "{done}");
     let most = usize::MAX.to_string();
-    assert_eq!(generate(&["ab", "--max-tokens", &most]).json()["tokens"], done["tokens"]);
+    assert_eq!(generate(&["ab", "--max-tokens", &most, "--logit-bias", "2=-inf"]).json()["tokens"], done["tokens"]);
 }
 
 #[test]
 fn nothing_to_generate_and_nothing_to_begin_with() {
-    let folder = Tiny::says("so it is", 2).folder();
+    let folder = Tiny::says("once, Mr", 2).folder();
     let model = folder.model();
     let none = run(["generate", "x", "--max-tokens", "0", "--json", "--model", &model]).json();
     assert_eq!(
         (none["text"].as_str(), &none["tokens"], none["finish_reason"].as_str()),
         (Some(""), &json!([]), Some("length"))
     );
-    assert_eq!(none["prompt_tokens"], 3); // <s>, ▁, x
+    assert_eq!(none["prompt_tokens"], 2); // <s>, x
 
     // An empty prompt is the first token alone.
     for args in [&["generate", ""][..], &["generate"], &["generate", "-"]] {
         let empty = run([args, &["--json", "--model", &model]].concat()).json();
-        assert_eq!((empty["prompt_tokens"].as_u64(), empty["text"].as_str()), (Some(1), Some("so it i")), "{empty}");
+        assert_eq!((empty["prompt_tokens"].as_u64(), empty["text"].as_str()), (Some(1), Some("once, Mr")), "{empty}");
     }
 
     // Without a first token there is nothing to begin with.
     let folder = Folder::new();
-    let mut tiny = Tiny::random();
-    tiny.config.as_object_mut().expect("an object").remove("bos_token_id");
-    tiny.write(&folder.path("model"));
+    Tiny::random().with("bos_token_id", Value::Null).write(&folder.path("model"));
     let text = fs::read_to_string(folder.path("model/tokenizer.json")).expect("there");
     let mut tokenizer: Value = serde_json::from_str(&text).expect("JSON");
     tokenizer["post_processor"] = Value::Null;
@@ -376,7 +374,7 @@ fn a_cache_that_cannot_be_written() {
 
     // Where something has to be fetched into it, that is the error.
     for args in [&["generate", "x", "--model", &folder.model(), "--device", "cpu"][..], &["plugin", "install", "cpu"]] {
-        finish(xllama().env("XLLAMA_CACHE", file.join("x")).args(args)).fails(1, &["file/x", "XLLAMA_CACHE"]);
+        finish(xllama().env("XLLAMA_CACHE", file.join("x")).args(args)).fails(1, &["file/x"]);
     }
     finish(xllama().env("XLLAMA_CACHE", file.join("x")).args(["inspect"])).fails(1, &["file/x"]);
 }
@@ -411,7 +409,7 @@ fn a_full_disk() {
 
     let before = folder.names();
     for command in ["convert-params", "export-hf"] {
-        finish(&mut on_a_full_disk(8, &[command, &model, &folder.arg("out")])).fails(1, &["writing", "safetensors"]);
+        finish(&mut on_a_full_disk(8, &[command, &model, &folder.arg("out")])).fails(1, &["writing", "File too large"]);
         assert_eq!(folder.names(), before);
     }
     let logits = ["logits", "--model", &model, "--tokens", "1,2,3", "--out", &folder.arg("x.npz")];
@@ -496,10 +494,10 @@ fn conversions_that_are_ended_leave_nothing_under_the_final_name() {
 #[test]
 fn ctrl_c_ends_a_text() {
     // An endless text with line ends, so that it comes through the pipe at once.
-    let folder = Tiny::says("abc\n", 3 + u32::from(b'a')).with("max_position_embeddings", json!(1 << 20)).folder();
+    let folder = Tiny::says("abc\n", byte_id(b'a')).with("max_position_embeddings", json!(1 << 20)).folder();
     let model = folder.model();
     let mut command = xllama();
-    command.args(["generate", "--max-tokens", "500000", "--model", &model]);
+    command.args(["generate", "--max-tokens", "100000", "--model", &model]);
     let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("the program starts");
     let mut lines = BufReader::new(child.stdout.take().expect("piped")).lines();
     assert_eq!(lines.next().expect("a line").expect("text"), "abc");
@@ -514,7 +512,7 @@ fn ctrl_c_ends_a_text() {
 
 #[test]
 fn a_closed_pipe_is_no_panic() {
-    let folder = Tiny::says("abc\n", 3 + u32::from(b'a')).folder();
+    let folder = Tiny::says("abc\n", byte_id(b'a')).folder();
     let program = xllama();
     let line = format!(
         "{} generate --max-tokens 3000 --model {} | head -n 1",
@@ -527,6 +525,4 @@ fn a_closed_pipe_is_no_panic() {
     let run = finish(&mut shell);
     assert_eq!(run.ok(), "abc\n");
     assert!(!run.stderr.contains("panicked"), "{}", run.stderr);
-    assert_eq!(plugin().extension().and_then(|e| e.to_str()), Some("so"));
-    assert_eq!(BYTE_TOKENS, 3 + 256 + 90);
 }

@@ -2,4 +2,7 @@
 
 mod architecture;
 mod bad_input;
+mod cli;
+mod conversion;
+mod generation;
 mod support;

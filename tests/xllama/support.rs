@@ -147,8 +147,15 @@ pub(crate) struct Tiny {
     pub(crate) tokenizer: Option<&'static str>,
 }
 
-/// Vocabulary of the tokenizer `byte_tokens`, whose id of a byte is 3 + the byte.
-pub(crate) const BYTE_TOKENS: usize = 349;
+/// Vocabulary of the tokenizer `byte_level`: three special ids, 256 bytes in GPT-2's order, merges.
+pub(crate) const VOCAB: usize = 319;
+
+/// The id of a byte in the tokenizer `byte_level`.
+pub(crate) fn byte_id(byte: u8) -> u32 {
+    let printable = |b: &u8| matches!(b, 33..=126 | 161..=172 | 174..=255);
+    let order = (0..=255).filter(printable).chain((0..=255).filter(|b| !printable(b)));
+    3 + order.zip(0..).find(|(b, _)| *b == byte).expect("all bytes are there").1
+}
 
 impl Tiny {
     /// Norms of ones, zeros elsewhere: attention and MLP add nothing, so the logits are a function of the last token.
@@ -171,7 +178,7 @@ impl Tiny {
 
     /// Every weight at random: what it says means nothing, but depends on all of the text.
     pub(crate) fn random() -> Tiny {
-        let mut tiny = Tiny { tokenizer: Some("byte_tokens"), ..Tiny::zeros(BYTE_TOKENS, 20) };
+        let mut tiny = Tiny { tokenizer: Some("byte_level"), ..Tiny::zeros(VOCAB, 20) };
         let mut state = 1u64;
         for (name, (_, values)) in &mut tiny.tensors {
             for value in values.iter_mut().filter(|_| !name.contains("norm")) {
@@ -182,17 +189,17 @@ impl Tiny {
         tiny
     }
 
-    /// After the first token it says the bytes of `text`, each of which may stand there once, and then the last id of
-    /// `then` (2 ends the text; the first byte's id begins again). Other ids are less likely by 12 nats.
+    /// After the first token it says the bytes of `text`, each of which may stand there once, and then the id `then`
+    /// (2 ends the text; the id of the first byte begins again). Other ids are less likely by 12 nats.
     pub(crate) fn says(text: &str, then: u32) -> Tiny {
-        let mut tiny = Tiny { tokenizer: Some("byte_tokens"), ..Tiny::zeros(BYTE_TOKENS, BYTE_TOKENS) };
+        let mut tiny = Tiny { tokenizer: Some("byte_level"), ..Tiny::zeros(VOCAB, VOCAB) };
         let ids: Vec<usize> =
-            [1].into_iter().chain(text.bytes().map(|b| 3 + b as usize)).chain([then as usize]).collect();
-        for id in 0..BYTE_TOKENS {
+            [1].into_iter().chain(text.bytes().map(|b| byte_id(b) as usize)).chain([then as usize]).collect();
+        for id in 0..VOCAB {
             tiny.set("model.embed_tokens.weight", id, id, 1.0);
         }
         for pair in ids.windows(2) {
-            tiny.set("lm_head.weight", pair[1], pair[0], 12.0 / (BYTE_TOKENS as f32).sqrt());
+            tiny.set("lm_head.weight", pair[1], pair[0], 12.0 / (VOCAB as f32).sqrt());
         }
         tiny
     }
