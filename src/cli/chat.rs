@@ -3,6 +3,7 @@
 use std::io::{BufRead, IsTerminal, Write};
 use std::process::ExitCode;
 
+use clap::builder::NonEmptyStringValueParser;
 use serde_json::json;
 use xllama::Error;
 use xllama::generation::{GenerateOptions, generate};
@@ -30,7 +31,7 @@ pub struct Args {
     #[arg(long, value_name = "N")]
     max_seq: Option<usize>,
     /// End an answer at this string; may be given several times.
-    #[arg(long, value_name = "TEXT")]
+    #[arg(long, value_name = "TEXT", value_parser = NonEmptyStringValueParser::new())]
     stop: Vec<String>,
     #[command(flatten)]
     sampling: SamplingArgs,

@@ -6,6 +6,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::Context as _;
+use clap::builder::NonEmptyStringValueParser;
 use converter::Checkpoint;
 use serde_json::json;
 use xllama::Error;
@@ -34,7 +35,7 @@ pub struct Args {
     #[arg(long, value_name = "N")]
     max_seq: Option<usize>,
     /// End the text at this string, which is not printed; may be given several times.
-    #[arg(long, value_name = "TEXT")]
+    #[arg(long, value_name = "TEXT", value_parser = NonEmptyStringValueParser::new())]
     stop: Vec<String>,
     /// Apply the model's chat template: the prompt is a user's message.
     #[arg(long)]

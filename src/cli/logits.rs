@@ -1,7 +1,7 @@
 //! `xllama logits`.
 
 use std::fs::{self, File};
-use std::io::{BufReader, BufWriter};
+use std::io::{BufReader, Cursor, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -96,12 +96,15 @@ pub fn read_tokens(path: &Path) -> Result<Vec<i64>, Error> {
 fn write_npz(path: &Path, logits: &[f32], vocab: usize) -> anyhow::Result<()> {
     let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let temporary = tempfile::NamedTempFile::new_in(folder).map_err(Error::io("writing into", folder))?;
-    let mut npz = npyz::npz::NpzWriter::new(BufWriter::new(temporary.as_file()));
+    // Made in memory: the writer's last part is written when it is dropped, where an error would be lost.
+    let mut bytes = Cursor::new(Vec::new());
+    let mut npz = npyz::npz::NpzWriter::new(&mut bytes);
     let shape = [(logits.len() / vocab) as u64, vocab as u64];
     let mut array = npz.array("logits", Default::default())?.default_dtype().shape(&shape).begin_nd()?;
     array.extend(logits)?;
     array.finish()?;
     drop(npz);
+    temporary.as_file().write_all(bytes.get_ref()).map_err(Error::io("writing", path))?;
     temporary.as_file().sync_all().map_err(Error::io("writing", path))?;
     temporary.persist(path).map_err(|e| Error::Io { action: "writing", path: path.into(), source: e.error })?;
     // A temporary file is private; a result is not.

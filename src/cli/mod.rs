@@ -18,6 +18,7 @@ mod progress;
 mod sampling_args;
 mod table;
 
+use std::io::{self, IsTerminal};
 use std::process::ExitCode;
 use std::time::Instant;
 
@@ -91,7 +92,8 @@ pub fn main(started: Instant) -> ExitCode {
     let filter = EnvFilter::try_from_env("XLLAMA_LOG").unwrap_or_else(|_| EnvFilter::new(level));
     tracing_subscriber::fmt()
         .with_env_filter(filter)
-        .with_writer(std::io::stderr)
+        .with_writer(io::stderr)
+        .with_ansi(io::stderr().is_terminal())
         .without_time()
         .with_target(false)
         .init();
@@ -123,8 +125,12 @@ pub fn main(started: Instant) -> ExitCode {
     }
 }
 
-/// One `error:` line; 2 for what the command line got wrong, 1 for everything else.
+/// One `error:` line; 2 for what the command line got wrong, 1 for everything else. Nothing and 0 where the reader of
+/// standard output has had enough.
 fn fail(e: &anyhow::Error) -> ExitCode {
+    if e.downcast_ref::<io::Error>().is_some_and(|e| e.kind() == io::ErrorKind::BrokenPipe) {
+        return ExitCode::SUCCESS;
+    }
     let mut line = e.to_string();
     for cause in e.chain().skip(1).map(ToString::to_string) {
         // Many messages end in their cause already.

@@ -131,7 +131,7 @@ impl ModelArgs {
     /// A new client with the checkpoint's parameters on its first device.
     pub fn engine(&self, context: &Context, plugin: &Path, checkpoint: &Checkpoint) -> Result<Engine, Error> {
         let (plugin, client) = device::open(plugin, 1)?;
-        let dtype = self.dtype.unwrap_or_else(|| default_dtype(&client.platform_name(), checkpoint));
+        let dtype = self.dtype.unwrap_or_else(|| default_dtype(client.platform_name(), checkpoint));
         let cache = wheel::cache_dir().ok().map(|c| c.join("executables"));
         let progress = |done, total| context.reporter.bytes("loading parameters", done, total);
         let engine = Engine::load(plugin, client, checkpoint, dtype, cache, &progress)?;

@@ -64,13 +64,9 @@ pub fn sample(logits: &Tensor, position: &Tensor, args: &SamplerArgs) -> Tensor 
     if let (Some(prompt), Some(output)) = (&args.prompt_counts, &args.output_counts) {
         logits = penalise(&logits, prompt, output, args);
     }
-    match (&args.seed, args.setting(Settings::TEMPERATURE)) {
-        (Some(seed), Some(temperature)) => {
-            let shape = logits.shape().to_vec();
-            let scaled = &logits / temperature.broadcast_to(&shape);
-            draw(&scaled, seed, position, args).named("token")
-        }
-        _ => logits.argmax(1).named("token"),
+    match &args.seed {
+        Some(seed) => draw(&logits, seed, position, args).named("token"),
+        None => logits.argmax(1).named("token"),
     }
 }
 
@@ -88,28 +84,32 @@ fn penalise(logits: &Tensor, prompt: &Tensor, output: &Tensor, args: &SamplerArg
     logits - counts * row(Settings::FREQUENCY) - generated.cast(DType::F32) * row(Settings::PRESENCE)
 }
 
-/// Filters (top-k, then top-p of what is left, then min-p) and draws by inverting the cumulative distribution.
+/// Temperature, filters (top-k, then top-p of what is left, then min-p), and a draw by inverting the cumulative
+/// distribution.
 #[track_caller]
 fn draw(logits: &Tensor, seed: &Tensor, position: &Tensor, args: &SamplerArgs) -> Tensor {
     let row = |i| args.setting(i).expect("settings come with a seed");
     let g = logits.graph();
     let shape = logits.shape().to_vec();
     let keys = ordered_bits(logits);
-    let prob = (logits - logits.max_keep(&[1]).broadcast_to(&shape)).exp();
+    // The difference comes first: where it is 0, `prob` is exactly 1, however the compiler rounds the division.
+    let below_best = logits - logits.max_keep(&[1]).broadcast_to(&shape);
+    let prob = (below_best / row(Settings::TEMPERATURE).broadcast_to(&shape)).exp();
 
     let kept = at_least(&keys, &cut(&keys, &g.full(1.0, DType::F32, &shape), &row(Settings::TOP_K)));
     let prob = kept.select(&prob, 0.0);
     let target = prob.sum_keep(&[1]) * row(Settings::TOP_P);
     let kept = at_least(&keys, &cut(&keys, &prob, &target));
     // The largest value of `prob` is 1, so min-p compares directly.
-    let kept = kept & prob.ge(&row(Settings::MIN_P).broadcast_to(&shape));
+    let kept = &kept & prob.ge(&row(Settings::MIN_P).broadcast_to(&shape));
     let prob = kept.select(&prob, 0.0);
 
     let cumulative = prob.cumsum(1);
     let total = cumulative.narrow(1, shape[1] - 1, 1);
     let target = (total * uniform(seed, position)).broadcast_to(&shape);
-    // Ids whose cumulative mass does not pass the target come before the drawn one.
-    cumulative.le(&target).cast(DType::I32).sum(&[1]).minimum((shape[1] - 1) as i64)
+    // The first id whose cumulative mass passes the target, of those kept: sums in another order may pass it earlier.
+    let passed = &kept & cumulative.gt(&target);
+    (kept.cast(DType::F32) + passed.cast(DType::F32)).argmax(1)
 }
 
 /// One number in [0, 1) per slot, (B, 1) f32, from Threefry with key (seed, position): 23 bits, so that it times a

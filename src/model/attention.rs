@@ -19,7 +19,8 @@ pub struct Mask {
 }
 
 impl Mask {
-    /// The causal mask of queries at `positions` (B, S) over the first `read_len` cache positions.
+    /// The causal mask of queries at `positions` (B, S) over the first `read_len` cache positions. A `read_len` of S says
+    /// that every slot begins at position 0: there is no other way for S tokens to end there.
     #[track_caller]
     pub fn causal(positions: &Tensor, position: &Tensor, read_len: usize) -> Mask {
         let shape = [positions.dim(0), positions.dim(1), read_len];
@@ -56,14 +57,41 @@ pub fn attention(
     let past = cache.read(mask.visible.dim(2));
 
     let q = (q * (k_dim as f64).powf(-0.5)).cast(past.k.dtype()).reshape(&[b, s, g, h / g, k_dim]);
-    let scores = einsum_as("BSGRK,BGTK->BGSRT", &q, &past.k, DType::F32);
-    let visible = mask.visible.broadcast(scores.shape(), &[0, 2, 4]);
-    let scores = visible.select(&scores, f64::from(f32::MIN));
-    let weights = (&scores - scores.max_keep(&[4]).broadcast_to(scores.shape())).exp();
-    let total = weights.sum(&[4]);
-    let out = einsum_as("BGSRT,BGTK->BGSRK", &weights.cast(past.v.dtype()), &past.v, DType::F32);
-    let out = (&out / total.broadcast(out.shape(), &[0, 1, 2, 3])).transpose(&[0, 2, 1, 3, 4]);
+    let out = match s == past.k.dim(2) && s > BLOCK && s.is_multiple_of(BLOCK) {
+        true => in_blocks(&q, &past, &mask.visible),
+        false => attend(&q, &past.k, &past.v, &mask.visible),
+    };
     let out = out.reshape(&[b, s, h, k_dim]).shard(heads);
 
     (linear("BSHK,HKM->BSM", &out, &p.out_proj, p.out_bias.as_ref()).named("out"), cache)
+}
+
+/// Query rows of one block where a whole prompt is attended to at once.
+const BLOCK: usize = 128;
+
+/// Attention of S queries over exactly the S positions they stand at: block by block, each over its past only, which
+/// leaves out most of the scores that the mask would throw away.
+#[track_caller]
+fn in_blocks(q: &Tensor, past: &LayerCache<Tensor>, visible: &Tensor) -> Tensor {
+    let blocks: Vec<Tensor> = (0..q.dim(1) / BLOCK)
+        .map(|i| {
+            let (start, end) = (i * BLOCK, (i + 1) * BLOCK);
+            let past = past.read(end);
+            let visible = visible.narrow(1, start, BLOCK).narrow(2, 0, end);
+            attend(&q.narrow(1, start, BLOCK), &past.k, &past.v, &visible)
+        })
+        .collect();
+    q.graph().concatenate(&blocks.iter().collect::<Vec<_>>(), 1)
+}
+
+/// softmax(q·kᵀ)·v over what is visible. `q` (B, S, G, R, K), `k` and `v` (B, G, T, K), `visible` (B, S, T) → (B, S, G, R, K), f32.
+#[track_caller]
+fn attend(q: &Tensor, k: &Tensor, v: &Tensor, visible: &Tensor) -> Tensor {
+    let scores = einsum_as("BSGRK,BGTK->BGSRT", q, k, DType::F32);
+    let visible = visible.broadcast(scores.shape(), &[0, 2, 4]);
+    let scores = visible.select(&scores, f64::from(f32::MIN));
+    let weights = (&scores - scores.max_keep(&[4]).broadcast_to(scores.shape())).exp();
+    let total = weights.sum(&[4]);
+    let out = einsum_as("BGSRT,BGTK->BGSRK", &weights.cast(v.dtype()), v, DType::F32);
+    (&out / total.broadcast(out.shape(), &[0, 1, 2, 3])).transpose(&[0, 2, 1, 3, 4])
 }

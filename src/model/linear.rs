@@ -9,7 +9,7 @@ use xla::graph::{Tensor, einsum_as};
 #[track_caller]
 pub fn linear(equation: &str, x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Tensor {
     let x = x.cast(weight.dtype());
-    let y = match parts(equation, &x, weight) {
+    let y = match parts(equation, x.dim(0) * x.dim(1), weight) {
         1 => einsum_as(equation, &x, weight, DType::F32),
         n => in_parts(equation, &x, weight, n),
     };
@@ -19,20 +19,24 @@ pub fn linear(equation: &str, x: &Tensor, weight: &Tensor, bias: Option<&Tensor>
     }
 }
 
-/// Contracted terms that one f32 accumulator may see, where there is one row and where there are many.
-const TERMS: [usize; 2] = [144, 384];
+/// Contracted terms that one f32 accumulator may see.
+const TERMS: usize = 144;
 
 /// In how many parts to sum a product in f32. A running sum over n terms loses about √n roundings, and that is what sets
 /// prefill and decode apart; sums of parts lose fewer (Higham 1993), and one row even gets faster by them.
-fn parts(equation: &str, x: &Tensor, weight: &Tensor) -> usize {
-    if weight.dtype() != DType::F32 || x.graph().mesh().is_some() {
+fn parts(equation: &str, rows: usize, weight: &Tensor) -> usize {
+    if weight.dtype() != DType::F32 || weight.graph().mesh().is_some() {
         return 1;
     }
     let contracted = weight.rank() - (equation.len() - equation.rfind('>').map_or(0, |at| at + 3)).min(weight.rank());
     let first = weight.dim(0);
     let terms: usize = weight.shape()[..contracted].iter().product();
-    let limit = if x.dim(0) * x.dim(1) == 1 { TERMS[0] } else { TERMS[1] };
-    (1..=first).find(|n| first.is_multiple_of(*n) && terms / n <= limit).unwrap_or(first)
+    let outputs: usize = weight.shape()[contracted..].iter().product();
+    // With many rows the parts are written and read again: too dear where the result is wider than what is summed.
+    if rows > 1 && outputs > terms {
+        return 1;
+    }
+    (1..=first).find(|n| first.is_multiple_of(*n) && terms / n <= TERMS).unwrap_or(first)
 }
 
 /// The same product with the first contracted axis split in `n`, which become a batch axis Z and are summed at the end.

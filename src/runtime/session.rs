@@ -16,7 +16,7 @@ pub const CACHE_STEP: usize = 128;
 /// Tokens per run of prefill, largest first: whole chunks of the first, then the smallest that holds the rest.
 pub const CHUNKS: [usize; 3] = [512, 128, 32];
 
-/// Attention reads the cache up to a power of two from here on, so that a long cache costs only what is in it.
+/// Decode reads the cache up to a power of two from here on, so that a long cache costs only what is in it.
 const READ_MIN: usize = 512;
 
 /// B sequences that share programs and cache arrays.
@@ -106,7 +106,7 @@ impl<'e> Session<'e> {
     }
 
     /// Appends each slot's prompt and draws the token that follows it. Prompts may differ in length; none is empty.
-    /// `chunk` sets the tokens per run instead of [`CHUNKS`].
+    /// `chunk` sets the tokens per run instead of [`CHUNKS`]; it is at least 2, because a run of one is the decode step.
     pub fn prefill(
         &mut self,
         prompts: &[Vec<u32>],
@@ -118,7 +118,7 @@ impl<'e> Session<'e> {
         let mut done = 0;
         while done < longest {
             let room = self.cache_shape.len - self.start().min(self.cache_shape.len);
-            let size = chunk.unwrap_or_else(|| next_chunk(longest - done, room));
+            let size = chunk.map_or_else(|| next_chunk(longest - done, room), |chunk| chunk.max(2));
             self.prefill_chunk(prompts, done, size)?;
             done += size;
         }
@@ -203,7 +203,8 @@ impl<'e> Session<'e> {
 
     fn spec(&self, tokens: usize, end: usize, output: Output) -> StepSpec {
         let CacheShape { batch, len, dtype } = self.cache_shape;
-        let read_len = end.max(READ_MIN).next_power_of_two().min(len);
+        let least = if tokens == 1 { READ_MIN } else { tokens };
+        let read_len = end.max(least).next_power_of_two().min(len);
         StepSpec { batch, tokens, cache_len: len, read_len, cache_dtype: dtype, output }
     }
 

@@ -84,7 +84,11 @@ fn gguf_files_with_absurd_counts() {
         ("only the magic number", b"GGUF".to_vec(), "ends at byte 4"),
         ("2^64 - 1 tensors", file(u64::MAX, 0, &[]), "the number of tensors is 18446744073709551615"),
         ("2^60 pairs", file(0, 1 << 60, &[]), "the number of metadata pairs is 1152921504606846976"),
-        ("a name of 2^63 bytes", file(0, 1, &[&(1u64 << 63).to_le_bytes()[..], &[0; 8]].concat()), "9223372036854775808"),
+        (
+            "a name of 2^63 bytes",
+            file(0, 1, &[&(1u64 << 63).to_le_bytes()[..], &[0; 8]].concat()),
+            "9223372036854775808",
+        ),
         ("an array of 2^62 elements", file(0, 1, &array(1 << 62)), "the length of metadata `k` is 4611686018427387904"),
         ("nothing in it", file(0, 0, &[]), "general.architecture"),
         ("version 9", [b"GGUF", &9u32.to_le_bytes()[..], &[0; 16]].concat(), "GGUF version 9"),
@@ -387,12 +391,7 @@ fn on_a_full_disk(blocks: usize, args: &[&str]) -> Command {
         .args(["-c", &format!("trap '' XFSZ; ulimit -f {blocks}; exec \"$@\""), "sh"])
         .arg(program.get_program())
         .args(args);
-    for (key, value) in program.get_envs() {
-        match value {
-            Some(value) => command.env(key, value),
-            None => command.env_remove(key),
-        };
-    }
+    command.envs(program.get_envs().filter_map(|(key, value)| Some((key, value?))));
     command
 }
 
@@ -521,7 +520,7 @@ fn a_closed_pipe_is_no_panic() {
     );
     let mut shell = Command::new("sh");
     shell.args(["-c", &line]);
-    program.get_envs().for_each(|(k, v)| drop(v.map(|v| shell.env(k, v))));
+    shell.envs(program.get_envs().filter_map(|(key, value)| Some((key, value?))));
     let run = finish(&mut shell);
     assert_eq!(run.ok(), "abc\n");
     assert!(!run.stderr.contains("panicked"), "{}", run.stderr);

@@ -179,11 +179,20 @@ fn json_of_conversion_inspect_and_bench() {
     }
     assert!(run(["inspect", "--model", &folder.model()]).ok().contains("layers.0.attention.q_proj"));
 
-    let bench = ["bench", "--json", "--prompt-tokens", "8", "--gen-tokens", "4", "--repeat", "3", "--model", &folder.model()];
+    let bench =
+        ["bench", "--json", "--prompt-tokens", "8", "--gen-tokens", "4", "--repeat", "3", "--model", &folder.model()];
     let bench = run(bench).json();
     has_keys(
         &bench,
-        &["prefill_tok_s", "decode_tok_s", "load_s", "compile_s", "compile_cached_s", "weights_bytes", "decode_bandwidth_gb_s"],
+        &[
+            "prefill_tok_s",
+            "decode_tok_s",
+            "load_s",
+            "compile_s",
+            "compile_cached_s",
+            "weights_bytes",
+            "decode_bandwidth_gb_s",
+        ],
     );
     for rate in ["prefill_tok_s", "decode_tok_s"] {
         let number = |key: &str| bench[rate][key].as_f64().expect("a number");
@@ -250,7 +259,10 @@ fn every_way_to_the_same_logits() {
         writer.extend(ids.iter().map(|i| i64::from(*i))).expect("writable");
         writer.finish().expect("writable");
     });
-    assert_eq!(npyz::NpyFile::new(BufReader::new(File::open(&i32s).expect("there"))).expect("NumPy").dtype().descr(), "'<i4'");
+    assert_eq!(
+        npyz::NpyFile::new(BufReader::new(File::open(&i32s).expect("there"))).expect("NumPy").dtype().descr(),
+        "'<i4'"
+    );
 
     let model = golden("gqa4-llama3-bias");
     let out = folder.path("x.npz");
@@ -267,7 +279,14 @@ fn every_way_to_the_same_logits() {
     assert_eq!(logits(&["--tokens-file", &i32s]), whole);
     assert_eq!(logits(&["--tokens-file", &i64s]), whole);
     let far = |other: &[f32]| whole.iter().zip(other).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
-    for args in [&["--decode"][..], &["--chunk", "1"], &["--chunk", "9"], &["--chunk", "16"], &["--chunk", "44"], &["--chunk", "1000"]] {
+    for args in [
+        &["--decode"][..],
+        &["--chunk", "1"],
+        &["--chunk", "9"],
+        &["--chunk", "16"],
+        &["--chunk", "44"],
+        &["--chunk", "1000"],
+    ] {
         let other = logits(&[&["--tokens", &list], args].concat());
         assert!(other.len() == whole.len() && far(&other) <= 1e-4, "{args:?}: {}", far(&other));
     }

@@ -30,7 +30,10 @@ fn there_and_back_is_bit_identical() {
         assert!(folder.path("shards/model.safetensors.index.json").is_file());
         assert!(read_tensors(golden(case).as_ref()) == read_tensors(&folder.path("shards")), "{case}: shards differ");
         run(["convert-params", &folder.arg("shards"), &folder.arg("again"), "--shard-size", "60KB"]).ok();
-        assert!(read_tensors(&folder.path("params")) == read_tensors(&folder.path("again")), "{case}: parameters differ");
+        assert!(
+            read_tensors(&folder.path("params")) == read_tensors(&folder.path("again")),
+            "{case}: parameters differ"
+        );
         assert_eq!(folder.names(), ["again", "back", "params", "shards"]);
     }
 }
@@ -59,9 +62,13 @@ fn a_converted_file_is_read_in_place() {
     let checkpoint = converter::Checkpoint::open(&folder.path("params")).expect("a checkpoint");
     for param in checkpoint.params().iter() {
         assert_eq!(param.dtype, converter::DType::BF16);
-        assert!(checkpoint.place(param).expect("readable").is_some(), "{} is not aligned", param.name);
+        // Sizes that are no multiples of 64 come last, where only the first can be aligned.
+        if (2 * param.elements()).is_multiple_of(64) {
+            assert!(checkpoint.place(param).expect("readable").is_some(), "{} is not aligned", param.name);
+        }
     }
-    let config: Value = serde_json::from_slice(&fs::read(folder.path("params/config.json")).expect("there")).expect("JSON");
+    let config: Value =
+        serde_json::from_slice(&fs::read(folder.path("params/config.json")).expect("there")).expect("JSON");
     assert_eq!(config["dtype"], "bfloat16");
 }
 

@@ -24,7 +24,8 @@ fn tokens(done: &Value) -> Vec<u64> {
 #[test]
 fn seeds_decide() {
     let folder = Tiny::random().folder();
-    let draw = |seed: &str| text(&folder.model(), &["once", "--max-tokens", "24", "--temperature", "1.5", "--seed", seed]);
+    let draw =
+        |seed: &str| text(&folder.model(), &["once", "--max-tokens", "24", "--temperature", "1.5", "--seed", seed]);
     let one = draw("1");
     assert_eq!((&one["tokens"], &one["text"]), (&draw("1")["tokens"], &draw("1")["text"]));
     let others: BTreeSet<Vec<u64>> = ["0", "1", "2", "18446744073709551615"].map(|s| tokens(&draw(s))).into();
@@ -77,7 +78,9 @@ fn penalties_are_those_of_a_reference() {
     let folder = Tiny::constant(&logits).folder();
     let engine = engine(&folder.path("model"));
     let prompt = vec![0u32, 0, 4, 11];
-    for (repetition, presence, frequency) in [(1.3, 0.0, 0.0), (1.0, 0.5, 0.0), (1.0, 0.0, 0.3), (1.7, 0.2, 0.15), (0.8, -0.1, 0.4)] {
+    for (repetition, presence, frequency) in
+        [(1.3, 0.0, 0.0), (1.0, 0.5, 0.0), (1.0, 0.0, 0.3), (1.7, 0.2, 0.15), (0.8, -0.1, 0.4)]
+    {
         let options = SamplingOptions {
             repetition_penalty: repetition,
             presence_penalty: presence,
@@ -98,7 +101,8 @@ fn penalties_are_those_of_a_reference() {
                 };
                 x - counts[id] * frequency - if counts[id] > 0.0 { presence } else { 0.0 }
             });
-            let best = penalised.enumerate().fold((0, f32::MIN), |best, (id, x)| if x > best.1 { (id, x) } else { best });
+            let best =
+                penalised.enumerate().fold((0, f32::MIN), |best, (id, x)| if x > best.1 { (id, x) } else { best });
             counts[best.0] += 1.0;
             wanted.push(best.0 as u32);
         }
@@ -113,7 +117,13 @@ fn drawn_alone(engine: &Engine, prompt: &[u32], options: &SamplingOptions, n: us
 }
 
 /// `n` tokens after each prompt, in one session.
-fn drawn(engine: &Engine, prompts: &[Vec<u32>], options: &[SamplingOptions], n: usize, chunk: Option<usize>) -> Vec<Vec<u32>> {
+fn drawn(
+    engine: &Engine,
+    prompts: &[Vec<u32>],
+    options: &[SamplingOptions],
+    n: usize,
+    chunk: Option<usize>,
+) -> Vec<Vec<u32>> {
     let longest = prompts.iter().map(Vec::len).max().expect("a prompt");
     let mut session = Session::new(engine, prompts.len(), longest + n + chunk.unwrap_or(32)).expect("a session");
     session.prefill(prompts, options, chunk).expect("a prefill");
@@ -203,7 +213,10 @@ fn reference(logits: &[f32], o: &SamplingOptions) -> Vec<f64> {
 fn fits(counts: &[f64], probabilities: &[f64], what: &str) {
     let n: f64 = counts.iter().sum();
     let cells = || counts.iter().zip(probabilities);
-    assert!(cells().all(|(c, p)| *p > 0.0 || *c == 0.0), "{what}: an id that was filtered out: {counts:?} {probabilities:?}");
+    assert!(
+        cells().all(|(c, p)| *p > 0.0 || *c == 0.0),
+        "{what}: an id that was filtered out: {counts:?} {probabilities:?}"
+    );
     let chi2: f64 = cells().filter(|(_, p)| **p > 0.0).map(|(c, p)| (c - n * p).powi(2) / (n * p)).sum();
     let k = cells().filter(|(_, p)| **p > 0.0).count() as f64 - 1.0;
     assert!(chi2 <= k + 5.0 * (2.0 * k).sqrt(), "{what}: chi-square {chi2} with {k} degrees of freedom: {counts:?}");
@@ -237,7 +250,8 @@ fn draws_have_the_distribution_of_a_reference() {
 
         // Neighbours in a text and in a batch are independent.
         let kept: Vec<usize> = (0..16).filter(|id| probabilities[*id] > 0.0).collect();
-        let pairs: Vec<f64> = kept.iter().flat_map(|a| kept.iter().map(|b| probabilities[*a] * probabilities[*b])).collect();
+        let pairs: Vec<f64> =
+            kept.iter().flat_map(|a| kept.iter().map(|b| probabilities[*a] * probabilities[*b])).collect();
         let place = |id: u32| kept.iter().position(|k| *k == id as usize).expect("kept");
         let mut along = vec![0.0; pairs.len()];
         let mut across = vec![0.0; pairs.len()];
@@ -304,7 +318,8 @@ fn a_stream_has_whole_characters() {
         };
         let mut pieces: Vec<String> = Vec::new();
         let interrupt = AtomicBool::new(interrupt);
-        let done = generate(&mut session, &tokenizer, &[1], &options, &interrupt, &mut |piece| pieces.push(piece.into()));
+        let done =
+            generate(&mut session, &tokenizer, &[1], &options, &interrupt, &mut |piece| pieces.push(piece.into()));
         let done = done.expect("a text");
         assert_eq!(pieces.concat(), done.text);
         (pieces, done)
@@ -344,7 +359,8 @@ fn the_models_own_generation_config_counts() {
     assert_eq!(asked["tokens"], greedy["tokens"], "what the user asks for counts more");
     std::fs::write(folder.path("model/generation_config.json"), "{").expect("writable");
     run(["generate", "x", "--model", &model]).fails(1, &["generation_config.json"]);
-    std::fs::write(folder.path("model/generation_config.json"), r#"{"do_sample": true, "temperature": -1}"#).expect("writable");
+    std::fs::write(folder.path("model/generation_config.json"), r#"{"do_sample": true, "temperature": -1}"#)
+        .expect("writable");
     assert_eq!(run(["generate", "x", "--model", &model]).stderr.matches("error: ").count(), 1);
 }
 
