@@ -117,9 +117,13 @@ impl ChatTemplate {
     }
 }
 
+/// Steps that a template may take: a hundred times what a long conversation needs, and an end to a hostile loop.
+const FUEL: u64 = 50_000_000;
+
 /// Jinja as `transformers` sets it up.
 fn environment<'source>(now: DateTime) -> Environment<'source> {
     let mut env = Environment::new();
+    env.set_fuel(Some(FUEL));
     env.set_trim_blocks(true);
     env.set_lstrip_blocks(true);
     env.set_auto_escape_callback(|_| AutoEscape::None);
@@ -263,6 +267,13 @@ mod tests {
         assert_eq!(error, "the chat template failed, line 1: undefined value");
         let error = render("{% macro m() %}{{ raise_exception('not <you>') }}{% endmacro %}{{ m() }}").unwrap_err();
         assert_eq!(error.to_string(), "the chat template refused: not <you>");
+    }
+
+    #[test]
+    fn an_endless_template_ends() {
+        let endless = "{% for a in range(9999) %}{% for b in range(9999) %}{% for c in range(9999) %}{{ '' }}\
+                       {% endfor %}{% endfor %}{% endfor %}";
+        assert!(matches!(render(endless), Err(Error::TemplateFailed { .. })));
     }
 
     #[test]

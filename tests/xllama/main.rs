@@ -5,4 +5,5 @@ mod bad_input;
 mod cli;
 mod conversion;
 mod generation;
+mod golden;
 mod support;

@@ -1,0 +1,64 @@
+//! Every golden of the repository, on the default CPU plugin: logits, activations, chunks, decode, greedy text and
+//! bf16 against PyTorch, at the tolerances that the manifest states.
+
+use std::path::Path;
+use std::process::Command;
+
+use serde_json::Value;
+
+/// Runs `xllama golden check` in the repository and returns its rows.
+fn rows(dir: &Path) -> (bool, Vec<Value>) {
+    let out = Command::new(env!("CARGO_BIN_EXE_xllama"))
+        .args(["golden", "check", "--json", "--quiet"])
+        .arg(dir)
+        .current_dir(env!("CARGO_MANIFEST_DIR"))
+        .output()
+        .expect("the binary runs");
+    let stdout = String::from_utf8(out.stdout).expect("JSON is UTF-8");
+    let json: Value = serde_json::from_str(&stdout)
+        .unwrap_or_else(|e| panic!("{e}: {stdout}{}", String::from_utf8_lossy(&out.stderr)));
+    (out.status.success(), json["rows"].as_array().expect("rows").clone())
+}
+
+#[test]
+fn every_golden_holds() {
+    let (ok, rows) = rows(Path::new("golden"));
+    let failed: Vec<&Value> = rows.iter().filter(|r| r["pass"] != true).collect();
+    assert!(ok && failed.is_empty(), "{failed:#?}");
+
+    // The manifest's cases and the comparisons of each are all there.
+    let manifest: Value = serde_json::from_str(
+        &std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("golden/manifest.json")).expect("there"),
+    )
+    .expect("valid");
+    for case in manifest["cases"].as_array().expect("cases") {
+        let checks: Vec<&str> =
+            rows.iter().filter(|r| r["case"] == case["name"]).map(|r| r["check"].as_str().expect("a name")).collect();
+        for wanted in ["f32 prefill", "chunks that divide", "chunks that do not", "decode", "greedy", "bf16 prefill"] {
+            assert!(checks.iter().any(|c| c.starts_with(wanted)), "{}: no {wanted} in {checks:?}", case["name"]);
+        }
+        let stored = !case["activations"].as_array().expect("a list").is_empty();
+        assert_eq!(checks.contains(&"activations"), stored, "{}", case["name"]);
+    }
+}
+
+/// A golden whose logits are another model's is a failure and exit code 1: the check can fail.
+#[test]
+fn a_wrong_golden_fails() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("golden");
+    let copy = tempfile::tempdir().expect("a temporary folder");
+    let mut manifest: Value =
+        serde_json::from_str(&std::fs::read_to_string(root.join("manifest.json")).expect("there")).expect("valid");
+    let cases = manifest["cases"].as_array_mut().expect("cases");
+    cases.retain(|c| c["name"] == "gqa2");
+    // A float32 run cannot meet a tolerance below its own rounding.
+    manifest["tolerances"]["f32_kl_max"] = 0.0.into();
+    std::fs::write(copy.path().join("manifest.json"), manifest.to_string()).expect("written");
+    std::os::unix::fs::symlink(root.join("gqa2"), copy.path().join("gqa2")).expect("linked");
+    let (ok, rows) = rows(copy.path());
+    assert!(!ok);
+    let verdicts: Vec<(&str, bool)> =
+        rows.iter().map(|r| (r["check"].as_str().expect("a name"), r["pass"] == true)).collect();
+    assert!(verdicts.contains(&("f32 prefill", false)), "{verdicts:?}");
+    assert!(verdicts.contains(&("activations", true)), "{verdicts:?}");
+}
