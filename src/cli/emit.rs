@@ -10,7 +10,7 @@ use xla::DType;
 use xla::pjrt::OptionOverride;
 use xllama::Error;
 use xllama::generation::sampling::SamplerSpec;
-use xllama::runtime::{CACHE_STEP, Output, StepSpec, build, compile_options, device};
+use xllama::runtime::{Output, StepSpec, build, cache_len, compile_options, device};
 
 use super::Context;
 use super::generate::context_len;
@@ -56,15 +56,18 @@ enum Format {
 
 impl Args {
     pub fn run(self, context: &Context) -> anyhow::Result<ExitCode> {
+        if context.json && self.out.is_none() {
+            let what = "is needed with --json: standard output then holds the JSON alone".into();
+            return Err(Error::Option { name: "out".into(), what }.into());
+        }
         let checkpoint = self.model.model.open(context)?;
         let cfg = checkpoint.config();
         let tokens = match self.program {
             Which::Prefill => self.prompt_tokens as usize,
             Which::Decode => 1,
         };
-        let len = context_len(&checkpoint, self.max_seq.unwrap_or(2048.min(cfg.max_position_embeddings)), 0, None)?;
-        let len = len.max(tokens).next_multiple_of(CACHE_STEP);
-        context_len(&checkpoint, tokens, 0, None)?;
+        let asked = self.max_seq.unwrap_or(2048.min(cfg.max_position_embeddings));
+        let len = cache_len(context_len(&checkpoint, tokens, asked, Some(asked))?);
         let dtype = self.model.dtype.unwrap_or(DType::F32);
         let spec = StepSpec {
             batch: self.batch.into(),
@@ -81,7 +84,7 @@ impl Args {
         };
         match &self.out {
             None => std::io::stdout().write_all(text.as_bytes())?,
-            Some(path) => write(path, &text)?,
+            Some(path) => super::output::Output::new(path)?.write(text.as_bytes())?,
         }
         if let Some(path) = &self.out {
             let json = json!({ "out": path, "bytes": text.len() });
@@ -109,12 +112,4 @@ fn optimized(plugin: &Path, text: &str) -> anyhow::Result<String> {
         what: "the plugin wrote no optimized program as text; use --format stablehlo".into(),
     })?;
     Ok(std::fs::read_to_string(file)?)
-}
-
-fn write(path: &Path, text: &str) -> Result<(), Error> {
-    let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let mut file = tempfile::NamedTempFile::new_in(folder).map_err(Error::io("writing into", folder))?;
-    file.write_all(text.as_bytes()).map_err(Error::io("writing", path))?;
-    file.persist(path).map_err(|e| Error::Io { action: "writing", path: path.into(), source: e.error })?;
-    Ok(())
 }

@@ -45,13 +45,16 @@ impl Args {
         let mut rows: Vec<Row> = Vec::new();
         for case in manifest.cases.iter().filter(|c| wanted.as_ref().is_none_or(|w| c.name.contains(w))) {
             context.reporter.say(&format!("checking {}", case.name));
-            let checkpoint = ModelArg { model: case.model(&dir, model.as_deref()) }.open(context)?;
+            let model = ModelArg { model: case.model(&dir, model.as_deref()) };
             let load = |checkpoint: &converter::Checkpoint, dtype| {
-                let args =
-                    ModelArgs { model: ModelArg { model: String::new() }, device: device.clone(), dtype: Some(dtype) };
-                args.engine(context, &plugin, checkpoint)
+                ModelArgs { model: model.clone(), device: device.clone(), dtype: Some(dtype) }
+                    .engine(context, &plugin, checkpoint)
             };
-            rows.extend(check(case, &dir, &manifest, &checkpoint, &load)?);
+            let checked = model.open(context).and_then(|c| Ok(check(case, &dir, &manifest, &c, &load)?));
+            match checked {
+                Ok(checked) => rows.extend(checked),
+                Err(why) => rows.push(Row::failed(case, &why)),
+            }
         }
         if rows.is_empty() {
             anyhow::bail!(

@@ -1,18 +1,19 @@
 //! `xllama logits`.
 
-use std::fs::{self, File};
-use std::io::{BufReader, Cursor, Write};
+use std::fs::File;
+use std::io::{BufReader, Cursor};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use npyz::WriterBuilder;
 use serde_json::json;
 use xllama::Error;
-use xllama::golden::chunked_logits;
+use xllama::runtime::chunked_logits;
 
 use super::Context;
 use super::generate::context_len;
 use super::model_args::ModelArgs;
+use super::output::Output;
 
 /// Write the logits of every position of a list of tokens.
 #[derive(clap::Args)]
@@ -57,6 +58,7 @@ impl Args {
         };
         let ids = tokens.iter().map(check).collect::<Result<Vec<u32>, Error>>()?;
         context_len(&checkpoint, ids.len(), 0, None)?;
+        let out = Output::new(&self.out)?;
 
         let loaded = self.model.load_checkpoint(context, plugin, checkpoint)?;
         // Whole chunks of a common size let one program serve lists of many lengths.
@@ -66,7 +68,7 @@ impl Args {
             (false, None) => ids.len().next_multiple_of(32).min(512),
         };
         let logits = chunked_logits(&loaded.engine, &ids, chunk)?;
-        write_npz(&self.out, &logits, vocab)?;
+        out.write(&npz(&logits, vocab)?)?;
         let shape = [ids.len(), vocab];
         let seconds = context.started.elapsed().as_secs_f64();
         context.print(&json!({ "out": self.out, "shape": shape, "chunk": chunk, "seconds": seconds }), || {
@@ -85,17 +87,16 @@ pub fn read_tokens(path: &Path) -> Result<Vec<i64>, Error> {
         return Err(wrong(format!("expected one dimension, found shape {:?}", npy.shape())));
     }
     let dtype = npy.dtype();
-    let wrong_type = |_| wrong(format!("expected 32- or 64-bit integers, found {}", dtype.descr()));
+    let damaged = |e: std::io::Error| wrong(format!("damaged: {e}"));
     match dtype.descr().trim_matches('\'') {
-        "<i4" => Ok(npy.into_vec::<i32>().map_err(wrong_type)?.into_iter().map(i64::from).collect()),
-        _ => npy.into_vec::<i64>().map_err(wrong_type),
+        "<i4" => Ok(npy.into_vec::<i32>().map_err(damaged)?.into_iter().map(i64::from).collect()),
+        "<i8" => npy.into_vec::<i64>().map_err(damaged),
+        other => Err(wrong(format!("expected 32- or 64-bit integers (<i4 or <i8), found {other}"))),
     }
 }
 
-/// Writes `logits` (T, V), beside and then renamed.
-fn write_npz(path: &Path, logits: &[f32], vocab: usize) -> anyhow::Result<()> {
-    let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let temporary = tempfile::NamedTempFile::new_in(folder).map_err(Error::io("writing into", folder))?;
+/// A NumPy archive with `logits` (T, V).
+fn npz(logits: &[f32], vocab: usize) -> anyhow::Result<Vec<u8>> {
     // Made in memory: the writer's last part is written when it is dropped, where an error would be lost.
     let mut bytes = Cursor::new(Vec::new());
     let mut npz = npyz::npz::NpzWriter::new(&mut bytes);
@@ -104,14 +105,5 @@ fn write_npz(path: &Path, logits: &[f32], vocab: usize) -> anyhow::Result<()> {
     array.extend(logits)?;
     array.finish()?;
     drop(npz);
-    temporary.as_file().write_all(bytes.get_ref()).map_err(Error::io("writing", path))?;
-    temporary.as_file().sync_all().map_err(Error::io("writing", path))?;
-    temporary.persist(path).map_err(|e| Error::Io { action: "writing", path: path.into(), source: e.error })?;
-    // A temporary file is private; a result is not.
-    #[cfg(unix)]
-    {
-        use std::os::unix::fs::PermissionsExt;
-        fs::set_permissions(path, fs::Permissions::from_mode(0o644)).map_err(Error::io("writing", path))?;
-    }
-    Ok(())
+    Ok(bytes.into_inner())
 }

@@ -12,6 +12,7 @@ mod interrupt;
 mod logits;
 mod manual;
 mod model_args;
+mod output;
 mod perplexity;
 mod plugin;
 mod progress;

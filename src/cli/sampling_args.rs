@@ -61,6 +61,7 @@ impl SamplingArgs {
             frequency_penalty: self.frequency_penalty,
             logit_bias: self.logit_bias.clone(),
             seed: self.seed,
+            history: Vec::new(),
         }
     }
 }

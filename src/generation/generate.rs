@@ -22,15 +22,6 @@ pub struct GenerateOptions {
     pub stop_strings: Vec<String>,
 }
 
-/// Tokens to append before generating.
-#[derive(Clone, Debug)]
-pub struct Prompt<'a> {
-    /// Ids that are not in the session's cache yet.
-    pub new: &'a [u32],
-    /// Every id of the text so far, `new` included: what the repetition penalty looks at.
-    pub len: usize,
-}
-
 /// Why a text ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FinishReason {
@@ -138,7 +129,14 @@ pub fn generate(
         first.get_or_insert_with(Instant::now);
         out.tokens.push(id);
         let stop_id = options.stop_ids.contains(&id);
-        let piece = if stop_id { stream.finish()? } else { stream.push(id)? };
+        let mut piece = if stop_id { stream.finish()? } else { stream.push(id)? };
+        // Bytes that wait for the rest of a character may hold a stop string already.
+        if piece.is_none() && !options.stop_strings.is_empty() {
+            let held = stream.held()?;
+            if options.stop_strings.iter().any(|s| held.contains(s.as_str())) {
+                piece = stream.finish()?;
+            }
+        }
         let mut stopped = stop_id;
         if let Some(piece) = piece {
             let result = stops.push(&piece);
@@ -163,6 +161,10 @@ pub fn generate(
                 if let Some(piece) = stream.finish()? {
                     let result = stops.push(&piece);
                     emit(&mut out.text, &result.emit, on_text);
+                    if result.stopped.is_some() {
+                        out.finish_reason = FinishReason::Stop;
+                        break;
+                    }
                 }
                 emit(&mut out.text, &stops.finish(), on_text);
                 break;

@@ -4,5 +4,5 @@ mod generate;
 pub mod options;
 pub mod sampling;
 
-pub use generate::{FinishReason, GenerateOptions, Generation, Prompt, Timing, generate};
+pub use generate::{FinishReason, GenerateOptions, Generation, Timing, generate};
 pub use options::SamplingOptions;

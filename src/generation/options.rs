@@ -24,6 +24,8 @@ pub struct SamplingOptions {
     pub logit_bias: Vec<(u32, f32)>,
     /// Same seed, same text.
     pub seed: u64,
+    /// Ids that stand before the prompt in the same text; the repetition penalty counts them too.
+    pub history: Vec<u32>,
 }
 
 impl Default for SamplingOptions {
@@ -38,6 +40,7 @@ impl Default for SamplingOptions {
             frequency_penalty: 0.0,
             logit_bias: Vec::new(),
             seed: 0,
+            history: Vec::new(),
         }
     }
 }

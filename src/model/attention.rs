@@ -56,7 +56,7 @@ pub fn attention(
     let cache = cache.update(&k, &v, &mask.position);
     let past = cache.read(mask.visible.dim(2));
 
-    let q = (q * (k_dim as f64).powf(-0.5)).cast(past.k.dtype()).reshape(&[b, s, g, h / g, k_dim]);
+    let q = (q * (k_dim as f64).powf(-0.5)).cast(past.k.dtype()).reshape(&[b, s, g, cfg.queries_per_kv_head(), k_dim]);
     let out = match s == past.k.dim(2) && s > BLOCK && s.is_multiple_of(BLOCK) {
         true => in_blocks(&q, &past, &mask.visible),
         false => attend(&q, &past.k, &past.v, &mask.visible),

@@ -135,10 +135,14 @@ impl Engine {
 
     /// Gets several programs at once, each on a thread of its own.
     pub fn prepare(&self, specs: &[StepSpec]) -> Result<(), Error> {
-        std::thread::scope(|scope| {
+        let (started, before) = (Instant::now(), self.compile_stats().time);
+        let done = std::thread::scope(|scope| {
             let handles: Vec<_> = specs.iter().map(|s| scope.spawn(move || self.program(s).map(drop))).collect();
             handles.into_iter().try_for_each(|h| h.join().unwrap_or_else(|p| std::panic::resume_unwind(p)))
-        })
+        });
+        // The threads worked side by side: what it took is the time of the whole.
+        lock(&self.compiled).time = before + started.elapsed();
+        done
     }
 
     /// A cache of zeros, in the order of [`crate::kv_cache::KvCache::iter`]. Zeros, because a masked position still takes

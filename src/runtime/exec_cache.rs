@@ -44,6 +44,7 @@ impl ExecutableCache {
             format!("{} {:?} {modified:?}", plugin.path().display(), file.map(|m| m.len())),
             kinds.join(","),
             cpu_features(),
+            std::env::var("XLA_FLAGS").unwrap_or_default(),
         ];
         for part in parts {
             platform.extend(part.as_bytes());

@@ -9,4 +9,4 @@ mod session;
 pub use engine::{CompileStats, Engine, Program, compile_options};
 pub use exec_cache::hex;
 pub use program::{Output, StepSpec, build};
-pub use session::{CACHE_STEP, CHUNKS, Session, TokenRead};
+pub use session::{CHUNKS, Session, TokenRead, cache_len, chunked_logits};

@@ -10,8 +10,11 @@ use crate::generation::options::{SamplingOptions, Settings};
 use crate::generation::sampling::SamplerSpec;
 use crate::kv_cache::CacheShape;
 
-/// Cache lengths are multiples of this, so that few programs serve many lengths.
-pub const CACHE_STEP: usize = 128;
+/// The length of a cache with room for `len` positions: coarse steps, so that few programs serve many lengths.
+pub fn cache_len(len: usize) -> usize {
+    let step = if len <= 1024 { 256 } else { 1024 };
+    len.max(1).next_multiple_of(step)
+}
 
 /// Tokens per run of prefill, largest first: whole chunks of the first, then the smallest that holds the rest.
 pub const CHUNKS: [usize; 3] = [512, 128, 32];
@@ -50,7 +53,7 @@ impl State {
 impl<'e> Session<'e> {
     /// `batch` empty slots of at least `len` positions each.
     pub fn new(engine: &'e Engine, batch: usize, len: usize) -> Result<Session<'e>, Error> {
-        let len = len.max(1).next_multiple_of(CACHE_STEP);
+        let len = cache_len(len);
         let cache_shape = CacheShape { batch, len, dtype: engine.dtype() };
         let cache = engine.new_cache(cache_shape)?;
         Ok(Session { engine, cache_shape, cache, used: vec![0; batch], state: None })
@@ -69,6 +72,8 @@ impl<'e> Session<'e> {
     /// Forgets what comes after the first `len` tokens of slot `slot`.
     pub fn truncate(&mut self, slot: usize, len: usize) {
         self.used[slot] = self.used[slot].min(len);
+        // What decode would feed itself belongs to the end that was cut off.
+        self.state = None;
     }
 
     /// Appends `tokens` (one row of S ids for each slot) and returns the logits of all their positions, (B, S, V)
@@ -90,6 +95,12 @@ impl<'e> Session<'e> {
     /// The program's results after the cache, with their names.
     fn run(&mut self, tokens: &[Vec<u32>], padded: usize, output: Output) -> Result<Vec<(String, Buffer)>, Error> {
         let s = tokens.first().map_or(0, Vec::len);
+        if s == 0 || tokens.len() != self.cache_shape.batch || tokens.iter().any(|row| row.len() != s) {
+            let rows: Vec<usize> = tokens.iter().map(Vec::len).collect();
+            let slots = self.cache_shape.batch;
+            return Err(Error::Empty(format!("{slots} slots need rows of one length above 0, found lengths {rows:?}")));
+        }
+        self.state = None;
         let start = self.start();
         self.check_room("these tokens", start + padded)?;
         let spec = self.spec(padded, start + padded, output);
@@ -232,6 +243,8 @@ impl<'e> Session<'e> {
             }
         }
         sampling.iter().try_for_each(|s| s.validate(v))?;
+        self.check_ids(prompts)?;
+        sampling.iter().try_for_each(|s| self.check_ids(std::slice::from_ref(&s.history)))?;
         let any = |f: fn(&SamplerSpec) -> bool| sampling.iter().any(|s| f(&s.spec()));
         let spec = SamplerSpec { random: any(|s| s.random), penalties: any(|s| s.penalties), bias: any(|s| s.bias) };
         let greedy_in_batch = spec.random && sampling.iter().any(|s| !s.spec().random);
@@ -248,8 +261,8 @@ impl<'e> Session<'e> {
         });
         let counts = spec.penalties.then(|| {
             let mut counts = vec![0i32; b * v];
-            for (slot, prompt) in prompts.iter().enumerate() {
-                prompt.iter().for_each(|&id| counts[slot * v + id as usize] += 1);
+            for (slot, (prompt, s)) in prompts.iter().zip(sampling).enumerate() {
+                s.history.iter().chain(prompt).for_each(|&id| counts[slot * v + id as usize] += 1);
             }
             counts
         });
@@ -265,7 +278,6 @@ impl<'e> Session<'e> {
         let f32s = |data: Option<Vec<f32>>, n: usize| {
             data.map(|d| client.upload_slice(&d, &[b, n], device)).transpose().map_err(Error::from)
         };
-        self.check_ids(prompts)?;
         self.state = Some(State {
             spec,
             token: client.upload_slice(&vec![0i32; b], &[b, 1], device)?,
@@ -322,6 +334,16 @@ fn next_chunk(left: usize, room: usize) -> usize {
     } else {
         small
     }
+}
+
+/// Logits (T, V) of `tokens` run in chunks of `chunk` through the cache; the last chunk is padded.
+pub fn chunked_logits(engine: &Engine, tokens: &[u32], chunk: usize) -> Result<Vec<f32>, Error> {
+    let mut session = Session::new(engine, 1, tokens.len().next_multiple_of(chunk))?;
+    let mut logits = Vec::with_capacity(tokens.len() * engine.config().vocab_size);
+    for part in tokens.chunks(chunk) {
+        logits.extend(session.logits(&[part.to_vec()], chunk)?);
+    }
+    Ok(logits)
 }
 
 /// Tokens on their way to the host.

@@ -68,6 +68,15 @@ impl<'a> TextStream<'a> {
         Ok(Some(new).filter(|new| !new.is_empty()))
     }
 
+    /// The text that is held back, as it would be if the ids ended here.
+    ///
+    /// # Errors
+    /// [`Error::Decode`].
+    pub fn held(&self) -> Result<String, Error> {
+        let text = self.tokenizer.decode(&self.ids, false)?;
+        Ok(text.get(self.emitted..).unwrap_or_default().to_owned())
+    }
+
     /// The text held back so far, for the end of a generation. A part of a character becomes U+FFFD.
     ///
     /// # Errors

@@ -7,10 +7,11 @@ use std::process::Command;
 use serde_json::Value;
 
 /// Runs `xllama golden check` in the repository and returns its rows.
-fn rows(dir: &Path) -> (bool, Vec<Value>) {
+fn rows(dir: &Path, more: &[&str]) -> (bool, Vec<Value>) {
     let out = Command::new(env!("CARGO_BIN_EXE_xllama"))
         .args(["golden", "check", "--json", "--quiet"])
         .arg(dir)
+        .args(more)
         .current_dir(env!("CARGO_MANIFEST_DIR"))
         .output()
         .expect("the binary runs");
@@ -22,7 +23,7 @@ fn rows(dir: &Path) -> (bool, Vec<Value>) {
 
 #[test]
 fn every_golden_holds() {
-    let (ok, rows) = rows(Path::new("golden"));
+    let (ok, rows) = rows(Path::new("golden"), &[]);
     let failed: Vec<&Value> = rows.iter().filter(|r| r["pass"] != true).collect();
     assert!(ok && failed.is_empty(), "{failed:#?}");
 
@@ -55,10 +56,43 @@ fn a_wrong_golden_fails() {
     manifest["tolerances"]["f32_kl_max"] = 0.0.into();
     std::fs::write(copy.path().join("manifest.json"), manifest.to_string()).expect("written");
     std::os::unix::fs::symlink(root.join("gqa2"), copy.path().join("gqa2")).expect("linked");
-    let (ok, rows) = rows(copy.path());
+    let (ok, rows) = rows(copy.path(), &[]);
     assert!(!ok);
     let verdicts: Vec<(&str, bool)> =
         rows.iter().map(|r| (r["check"].as_str().expect("a name"), r["pass"] == true)).collect();
     assert!(verdicts.contains(&("f32 prefill", false)), "{verdicts:?}");
     assert!(verdicts.contains(&("activations", true)), "{verdicts:?}");
+}
+
+/// A model with another vocabulary, or a damaged file, is a failed row that says so; the other cases still run.
+#[test]
+fn a_case_that_cannot_be_compared_is_a_failed_row() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("golden");
+    let copy = tempfile::tempdir().expect("a temporary folder");
+    let mut manifest: Value =
+        serde_json::from_str(&std::fs::read_to_string(root.join("manifest.json")).expect("there")).expect("valid");
+    let cases = manifest["cases"].as_array_mut().expect("cases");
+    cases.retain(|c| ["gqa2", "llama1", "mqa-gelu"].contains(&c["name"].as_str().expect("a name")));
+    for case in cases.iter_mut() {
+        if case["name"] == "llama1" {
+            case["model"] = serde_json::json!({ "model": "some-model" });
+        }
+        if case["name"] == "mqa-gelu" {
+            let files = case["files"].as_object_mut().expect("files");
+            files.values_mut().for_each(|sum| *sum = "00".into());
+        }
+    }
+    std::fs::write(copy.path().join("manifest.json"), manifest.to_string()).expect("written");
+    for name in ["gqa2", "llama1", "mqa-gelu"] {
+        std::os::unix::fs::symlink(root.join(name), copy.path().join(name)).expect("linked");
+    }
+    let wide = root.join("sharded-v4/model");
+    let (ok, rows) = rows(copy.path(), &["--model", wide.to_str().expect("a plain path")]);
+    assert!(!ok);
+    let of = |name: &str| rows.iter().filter(|r| r["case"] == name).collect::<Vec<_>>();
+    assert!(of("gqa2").len() > 4 && of("gqa2").iter().all(|r| r["pass"] == true));
+    for (name, part) in [("llama1", "vocabulary"), ("mqa-gelu", "sha256")] {
+        let [row] = of(name)[..] else { panic!("one row of {name}") };
+        assert!(row["pass"] == false && row["note"].as_str().expect("a note").contains(part), "{row}");
+    }
 }

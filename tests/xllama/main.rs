@@ -6,4 +6,5 @@ mod cli;
 mod conversion;
 mod generation;
 mod golden;
+mod perplexity;
 mod support;
