@@ -91,7 +91,7 @@ pub fn read_tokens(path: &Path) -> Result<Vec<i64>, Error> {
     match dtype.descr().trim_matches('\'') {
         "<i4" => Ok(npy.into_vec::<i32>().map_err(damaged)?.into_iter().map(i64::from).collect()),
         "<i8" => npy.into_vec::<i64>().map_err(damaged),
-        other => Err(wrong(format!("expected 32- or 64-bit integers (<i4 or <i8), found {other}"))),
+        other => Err(wrong(format!("expected 32- or 64-bit integers, found '{other}'"))),
     }
 }
 

@@ -165,7 +165,7 @@ fn a_text_goes_on_where_it_ended() {
     let options = [SamplingOptions::default()];
     let prompt: Vec<u32> = (0..40).map(|i| (i * 17 + 3) % 211).collect();
     let whole = drawn_alone(&engine, &prompt, &options[0], 8);
-    let mut session = Session::new(&engine, 1, 128).expect("a session");
+    let mut session = Session::new(&engine, 1, 256).expect("a session");
     session.prefill(&[prompt[..33].to_vec()], &options, None).expect("a prefill");
     session.decode().expect("a step that does not count");
     session.truncate(0, 20);
@@ -176,8 +176,8 @@ fn a_text_goes_on_where_it_ended() {
         session.decode().expect("a step");
     }
     // The cache has an end, and what does not fit is an error.
-    let error = (0..200).find_map(|_| session.decode().err()).expect("128 positions").to_string();
-    assert!(error.contains("128 is the limit (the length of the cache)"), "{error}");
+    let error = (0..300).find_map(|_| session.decode().err()).expect("256 positions").to_string();
+    assert!(error.contains("256 is the limit (the length of the cache)"), "{error}");
     assert!(session.prefill(&[vec![]], &options, None).is_err());
     assert!(session.prefill(&[vec![211]], &options, None).is_err());
     assert!(session.prefill(&[vec![1], vec![1]], &options, None).is_err());
