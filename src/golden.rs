@@ -285,7 +285,8 @@ fn top_row(ids: &[i32], logits: &[f32], rest_lse: f64, ours: &[f32]) -> (f64, f6
     (kl, max_difference(logits.iter().zip(&picked)), ids.first().map(|i| *i as usize) == Some(argmax(ours)))
 }
 
-fn log_sum_exp<'a>(values: impl Iterator<Item = &'a f32> + Clone) -> f64 {
+/// ln Σ exp(x) in f64; −∞ of nothing.
+pub(crate) fn log_sum_exp<'a>(values: impl Iterator<Item = &'a f32> + Clone) -> f64 {
     let max = values.clone().fold(f32::NEG_INFINITY, |m, &x| m.max(x));
     if max == f32::NEG_INFINITY {
         return f64::NEG_INFINITY;

@@ -3,6 +3,7 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::Error;
+use crate::golden::log_sum_exp;
 use crate::runtime::{Engine, chunked_logits};
 
 /// How a text is cut.
@@ -82,8 +83,6 @@ pub fn score(
 }
 
 fn log_softmax(row: &[f32]) -> Vec<f64> {
-    let max = row.iter().fold(f32::NEG_INFINITY, |m, &x| m.max(x));
-    let total: f64 = row.iter().map(|&x| f64::from(x - max).exp()).sum();
-    let lse = f64::from(max) + total.ln();
+    let lse = log_sum_exp(row.iter());
     row.iter().map(|&x| f64::from(x) - lse).collect()
 }
