@@ -2,12 +2,21 @@
 """Write what transformers makes of conversations and texts, which the tests of `src/text` hold ours to.
 
     python3 scripts/make_chat_goldens.py [--out tests/data/chat] [--python PY]
+    python3 scripts/make_chat_goldens.py --check FOLDER [--python PY]
 
-Reads `templates/*.jinja` under --out and writes beside it
+The first reads `templates/*.jinja` under --out and writes beside it
   goldens.json        every template with every conversation: the prompt, or the error
   tokenizers/*/       two small tokenizers, one with byte tokens as SentencePiece has and one over bytes as GPT-2 has,
                       under several tokenizer_config.json
   tokenizers.json     ids of texts and texts of ids for each of them
+
+The second renders every *.jinja of FOLDER with transformers and with ours (through cargo test) and names each prompt that
+differs; what transformers itself fails on has no right answer and is left out. It is for the templates of models, which
+are not ours to keep here. Many are in one package:
+
+    pip download --no-deps --no-binary llama-cpp-python llama-cpp-python==0.3.36
+    tar xzf llama_cpp_python-0.3.36.tar.gz --wildcards '*/models/templates/*.jinja'
+    python3 scripts/make_chat_goldens.py --check llama_cpp_python-0.3.36/vendor/llama.cpp/models/templates
 
 Needs python >= 3.10 with venv and pip. The pinned packages below are installed once into a virtual environment in the
 cache folder (XDG_CACHE_HOME or ~/.cache, then xllama/venvs; 250 MB, no torch). `--python PY` uses an interpreter that
@@ -48,6 +57,8 @@ CONVERSATIONS = {
                   {"role": "tool", "content": "{\"t\": 21}"}, {"role": "tool", "content": "sunny"},
                   {"role": "assistant", "content": "21 and sunny"}],
 }
+MADE_BY = {"made_by": "scripts/make_chat_goldens.py", "packages": PINS}
+HEAD = MADE_BY | {"now": NOW.isoformat(), "special_tokens": SPECIAL_TOKENS, "conversations": CONVERSATIONS}
 # What a template is rendered with; the rest renders with the first of these.
 VARIABLES = [{}, {"enable_thinking": False, "refuse_system": True}, {"tools": TOOLS, "date": "1 May 2023"}]
 
@@ -241,9 +252,26 @@ def write(path, head, key, cases):
     print(f"{path}: {len(cases)} {key}, {path.stat().st_size} bytes")
 
 
+def check(folder):
+    """The exit status of the test that renders the templates of `folder`."""
+    import tempfile
+
+    templates = sorted(folder.glob("*.jinja"))
+    if not templates:
+        sys.exit(f"error: {folder} has no *.jinja")
+    with tempfile.TemporaryDirectory() as data:
+        Path(data, "templates").symlink_to(folder.resolve())
+        cases = [case for case in render_all(templates) if "failed" not in case]
+        write(Path(data, "goldens.json"), HEAD, "cases", cases)
+        command = ["cargo", "test", "--lib", "prompts_of_a_folder", "--", "--ignored", "--nocapture"]
+        environ = os.environ | {"XLLAMA_CHAT_DATA": data}
+        return subprocess.run(command, cwd=Path(__file__).parents[1], env=environ).returncode
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="tests/data/chat", metavar="DIR", type=Path)
+    parser.add_argument("--check", metavar="FOLDER", type=Path, help="compare the templates of FOLDER, write nothing")
     parser.add_argument("--python", metavar="PY", help="an interpreter that has the pinned packages")
     arguments = parser.parse_args()
     if arguments.python or not have_pins():
@@ -251,14 +279,15 @@ def main():
             sys.exit(f"error: {sys.executable} does not have {' '.join(PINS)}")
         python = arguments.python or environment()
         command = [python, __file__, "--out", arguments.out]
+        command += ["--check", arguments.check] if arguments.check else []
         sys.exit(subprocess.run(command, env=os.environ | {"XLLAMA_CHAT_GOLDENS": "1"}).returncode)
 
     os.environ["HF_HUB_OFFLINE"] = "1"
-    made_by = {"made_by": "scripts/make_chat_goldens.py", "packages": PINS}
+    if arguments.check:
+        sys.exit(check(arguments.check))
     templates = sorted((arguments.out / "templates").glob("*.jinja"))
-    head = made_by | {"now": NOW.isoformat(), "special_tokens": SPECIAL_TOKENS, "conversations": CONVERSATIONS}
-    write(arguments.out / "goldens.json", head, "cases", render_all(templates))
-    write(arguments.out / "tokenizers.json", made_by, "cases", tokenize_all(arguments.out))
+    write(arguments.out / "goldens.json", HEAD, "cases", render_all(templates))
+    write(arguments.out / "tokenizers.json", MADE_BY, "cases", tokenize_all(arguments.out))
 
 
 if __name__ == "__main__":

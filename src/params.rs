@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use converter::Checkpoint;
-pub use converter::layout::{Attention, DecoderBlock, Llama, Mlp, Param};
+pub use converter::layout::{Attention, DecoderBlock, FeedForward, Llama, Mlp, Moe, Param};
 use xla::DType;
 use xla::graph::{ArgAttrs, Graph, Tensor};
 use xla::pjrt::{Buffer, Client, Device, HostData, MappedBytes};
@@ -14,7 +14,14 @@ use crate::Error;
 
 /// Declares every parameter as an argument of the graph, in tree order.
 pub fn declare_args(g: &Graph, params: &Llama<Param>, dtype: DType) -> Llama<Tensor> {
-    params.as_ref().map(&mut |p: &Param| g.arg_with(&p.name, dtype, &p.shape, ArgAttrs { sharding: Some(&p.logical) }))
+    let arg =
+        |p: &Param| g.arg_with(&p.name, device_dtype(p, dtype), &p.shape, ArgAttrs { sharding: Some(&p.logical) });
+    params.as_ref().map(&mut |p| arg(p))
+}
+
+/// The type that a parameter has on the device where the model runs in `dtype`.
+pub fn device_dtype(param: &Param, dtype: DType) -> DType {
+    if param.precise { DType::F32 } else { dtype }
 }
 
 /// Puts every parameter on the device as `dtype`, in tree order. Arrays that lie in a converted file as they are
@@ -29,10 +36,11 @@ pub fn upload(
     progress: &(dyn Fn(u64, u64) + Sync),
 ) -> Result<Vec<Buffer>, Error> {
     let params = checkpoint.params().iter();
-    let bytes = |p: &Param| (p.elements() * dtype.size()) as u64;
+    let bytes = |p: &Param| (p.elements() * device_dtype(p, dtype).size()) as u64;
     let total = params.iter().map(|p| bytes(p)).sum();
     let (next, done) = (AtomicUsize::new(0), AtomicU64::new(0));
     let one = |p: &Param| -> Result<Buffer, Error> {
+        let dtype = device_dtype(p, dtype);
         let host_dtype = host_dtype(dtype)?;
         let place = if p.dtype == host_dtype { checkpoint.place(p)? } else { None };
         let data = match place {

@@ -3,12 +3,15 @@
 //! A leaf is a declaration ([`Param`]), a host array, a graph tensor or a device buffer; the tree is the same, so there
 //! is no second list of parameter names anywhere. [`Llama::declare`] has one line per parameter, with its Hugging Face
 //! name and an einsum-like pattern from Hugging Face's shape to ours. Letters: V vocabulary, M d_model, H query heads,
-//! G key/value heads, K head_dim, F d_ff; a group in brackets is one axis of the stored tensor.
+//! G key/value heads, K head_dim, F d_ff, E experts; a group in brackets is one axis of the stored tensor, and `E:`
+//! before a pattern says that there is such a tensor for each expert.
 //!
 //! Query head h reads key/value head h / (H / G): H splits as (G, R), in that order.
 
+use std::collections::HashMap;
+
 use crate::DType;
-use crate::config::ModelConfig;
+use crate::config::{AttentionConfig, LayerConfig, ModelConfig, MoeConfig, QkNorm};
 
 /// All parameters of a Llama.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -23,17 +26,30 @@ pub struct Llama<T> {
     pub lm_head: Option<T>,
 }
 
-/// One decoder block.
+/// One decoder block. Which norms there are, and so where they stand, is the family member's choice.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct DecoderBlock<T> {
     /// RMSNorm before attention, (M).
-    pub input_norm: T,
+    pub input_norm: Option<T>,
     /// Self-attention.
     pub attention: Attention<T>,
+    /// RMSNorm of what attention gives, before it is added, (M).
+    pub attn_out_norm: Option<T>,
     /// RMSNorm before the feed-forward, (M).
-    pub post_attn_norm: T,
+    pub post_attn_norm: Option<T>,
     /// The feed-forward.
-    pub mlp: Mlp<T>,
+    pub feed_forward: FeedForward<T>,
+    /// RMSNorm of what the feed-forward gives, before it is added, (M).
+    pub mlp_out_norm: Option<T>,
+}
+
+/// The feed-forward of a block.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum FeedForward<T> {
+    /// One for all tokens.
+    Dense(Mlp<T>),
+    /// A mixture of experts.
+    Experts(Moe<T>),
 }
 
 /// Self-attention with grouped key/value heads.
@@ -55,6 +71,10 @@ pub struct Attention<T> {
     pub v_bias: Option<T>,
     /// (M).
     pub out_bias: Option<T>,
+    /// RMSNorm of queries, (K) or over all heads (H, K).
+    pub q_norm: Option<T>,
+    /// RMSNorm of keys, (K) or over all heads (G, K).
+    pub k_norm: Option<T>,
 }
 
 /// The gated feed-forward.
@@ -74,7 +94,26 @@ pub struct Mlp<T> {
     pub down_bias: Option<T>,
 }
 
-/// Walks one field of a tree: `one` leaf, `maybe` a leaf, one `node`, or `each` node of a list.
+/// A mixture of experts.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Moe<T> {
+    /// (M, E).
+    pub router: T,
+    /// Added to the scores for the choice only, (E).
+    pub correction_bias: Option<T>,
+    /// (E, M, F).
+    pub gate_proj: T,
+    /// (E, M, F).
+    pub up_proj: T,
+    /// (E, F, M).
+    pub down_proj: T,
+    /// The expert that every token takes.
+    pub shared: Option<Mlp<T>>,
+    /// Scales what the shared expert gives, (M).
+    pub shared_gate: Option<T>,
+}
+
+/// Walks one field of a tree: `one` leaf, `maybe` a leaf, one `node`, `maybe_node`, or `each` node of a list.
 macro_rules! walk {
     (map one $e:expr, $f:ident) => {
         $f($e)?
@@ -85,6 +124,9 @@ macro_rules! walk {
     (map node $e:expr, $f:ident) => {
         $e.try_map($f)?
     };
+    (map maybe_node $e:expr, $f:ident) => {
+        $e.map(|node| node.try_map($f)).transpose()?
+    };
     (map each $e:expr, $f:ident) => {
         $e.into_iter().map(|node| node.try_map($f)).collect::<Result<_, E>>()?
     };
@@ -93,6 +135,9 @@ macro_rules! walk {
     };
     (borrow each $e:expr) => {
         $e.iter().map(|node| node.as_ref()).collect()
+    };
+    (borrow maybe_node $e:expr) => {
+        $e.as_ref().map(|node| node.as_ref())
     };
     (borrow $node_or_maybe:ident $e:expr) => {
         $e.as_ref()
@@ -147,7 +192,14 @@ macro_rules! tree {
 }
 
 tree!(Llama { embedding: one, layers: each, final_norm: one, lm_head: maybe });
-tree!(DecoderBlock { input_norm: one, attention: node, post_attn_norm: one, mlp: node });
+tree!(DecoderBlock {
+    input_norm: maybe,
+    attention: node,
+    attn_out_norm: maybe,
+    post_attn_norm: maybe,
+    feed_forward: node,
+    mlp_out_norm: maybe,
+});
 tree!(Attention {
     q_proj: one,
     k_proj: one,
@@ -157,8 +209,56 @@ tree!(Attention {
     k_bias: maybe,
     v_bias: maybe,
     out_bias: maybe,
+    q_norm: maybe,
+    k_norm: maybe,
 });
 tree!(Mlp { gate_proj: one, up_proj: one, down_proj: one, gate_bias: maybe, up_bias: maybe, down_bias: maybe });
+tree!(Moe {
+    router: one,
+    correction_bias: maybe,
+    gate_proj: one,
+    up_proj: one,
+    down_proj: one,
+    shared: maybe_node,
+    shared_gate: maybe,
+});
+
+impl<T> FeedForward<T> {
+    /// As of the other trees: `f` applied to every leaf, in declaration order.
+    ///
+    /// # Errors
+    /// The first error of `f`.
+    pub fn try_map<U, E>(self, f: &mut impl FnMut(T) -> Result<U, E>) -> Result<FeedForward<U>, E> {
+        Ok(match self {
+            FeedForward::Dense(mlp) => FeedForward::Dense(mlp.try_map(f)?),
+            FeedForward::Experts(moe) => FeedForward::Experts(moe.try_map(f)?),
+        })
+    }
+
+    /// A tree of references to the leaves.
+    pub fn as_ref(&self) -> FeedForward<&T> {
+        match self {
+            FeedForward::Dense(mlp) => FeedForward::Dense(mlp.as_ref()),
+            FeedForward::Experts(moe) => FeedForward::Experts(moe.as_ref()),
+        }
+    }
+}
+
+impl<T> FeedForward<T> {
+    /// The dense feed-forward, if it is that.
+    pub fn into_dense(self) -> Option<Mlp<T>> {
+        match self {
+            FeedForward::Dense(mlp) => Some(mlp),
+            FeedForward::Experts(_) => None,
+        }
+    }
+}
+
+impl<T: Default> Default for FeedForward<T> {
+    fn default() -> Self {
+        FeedForward::Dense(Mlp::default())
+    }
+}
 
 /// How a tensor of Hugging Face's form becomes ours. Both keep the elements in place or transpose two axes: splitting
 /// an axis into (heads, head_dim) moves nothing.
@@ -175,100 +275,259 @@ pub enum Layout {
 pub struct Param {
     /// Its name here, the path of fields in [`Llama`]: `layers.3.attention.q_proj`.
     pub name: String,
-    /// Its name in a Hugging Face checkpoint: `model.layers.3.self_attn.q_proj.weight`.
-    pub hf_name: String,
-    /// Einsum-like pattern from Hugging Face's shape to ours: `(HK)M->MHK`.
+    /// Where it lies in a Hugging Face checkpoint: one piece, or for `E:` patterns one for each expert, in order.
+    pub pieces: Vec<Piece>,
+    /// Einsum-like pattern from the shape of a piece to ours: `(HK)M->MHK`, `E:FM->MF`.
     pub pattern: &'static str,
-    /// Axis letters here: `MHK`.
-    pub axes: &'static str,
+    /// Axis letters here: `MHK`, `EMF`.
+    pub axes: String,
     /// Shape here, one size per letter of `axes`.
     pub shape: Vec<usize>,
-    /// Shape in a Hugging Face checkpoint.
-    pub hf_shape: Vec<usize>,
     /// How Hugging Face's form becomes ours.
     pub layout: Layout,
-    /// Logical sharding axis of each axis: `embed`, `heads`, `kv_heads`, `head_dim`, `mlp`, `vocab`.
+    /// Logical sharding axis of each axis: `embed`, `heads`, `kv_heads`, `head_dim`, `mlp`, `vocab`, `experts`.
     pub logical: Vec<&'static str>,
+    /// Whether it stays float32 whatever the type of the others.
+    pub precise: bool,
     /// Element type: the checkpoint's own where the declaration comes from an opened checkpoint, else that of the
     /// configuration (float32 if it names none).
     pub dtype: DType,
+}
+
+/// Rows of a tensor in a Hugging Face checkpoint.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Piece {
+    /// The tensor's name: `model.layers.3.self_attn.q_proj.weight`.
+    pub name: String,
+    /// The tensor's shape, all of it.
+    pub shape: Vec<usize>,
+    /// The first row that belongs to the piece.
+    pub first_row: usize,
+    /// How many do.
+    pub rows: usize,
+}
+
+impl Piece {
+    /// Elements in a row.
+    pub fn columns(&self) -> usize {
+        self.shape[1..].iter().product()
+    }
+
+    /// Number of elements.
+    pub fn elements(&self) -> usize {
+        self.rows * self.columns()
+    }
+}
+
+/// A tensor of a Hugging Face checkpoint with the pieces that lie in it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HfTensor {
+    /// Its name.
+    pub name: String,
+    /// Its shape.
+    pub shape: Vec<usize>,
+    /// Index of the parameter (in declaration order) and of the piece, from the first row to the last.
+    pub parts: Vec<(usize, usize)>,
 }
 
 impl Llama<Param> {
     /// The parameters that a model of this configuration has. Each line: name here, name there, and the pattern from
     /// there to here.
     pub fn declare(cfg: &ModelConfig) -> Llama<Param> {
-        let model = Scope { cfg, here: String::new(), there: "model.".into() };
+        let model = Scope { cfg, here: String::new(), there: "model.".into(), d_ff: cfg.d_ff };
         Llama {
             embedding: model.param("embedding", "embed_tokens.weight", "VM->VM"),
-            layers: (0..cfg.n_layers).map(|i| DecoderBlock::declare(cfg, i)).collect(),
+            layers: cfg.layers.iter().enumerate().map(|(i, layer)| DecoderBlock::declare(cfg, i, layer)).collect(),
             final_norm: model.param("final_norm", "norm.weight", "M->M"),
-            lm_head: (!cfg.tie_word_embeddings).then(|| {
-                Scope { cfg, here: String::new(), there: String::new() }.param("lm_head", "lm_head.weight", "VM->MV")
-            }),
+            lm_head: (!cfg.tie_word_embeddings)
+                .then(|| Scope { there: String::new(), ..model }.param("lm_head", "lm_head.weight", "VM->MV")),
         }
+    }
+
+    /// The tensors of a Hugging Face checkpoint of this model, in declaration order.
+    pub fn hf_tensors(&self) -> Vec<HfTensor> {
+        let mut tensors: Vec<HfTensor> = Vec::new();
+        let mut places: HashMap<&str, usize> = HashMap::new();
+        for (i, param) in self.iter().into_iter().enumerate() {
+            for (j, piece) in param.pieces.iter().enumerate() {
+                let place = *places.entry(&piece.name).or_insert_with(|| {
+                    tensors.push(HfTensor { name: piece.name.clone(), shape: piece.shape.clone(), parts: Vec::new() });
+                    tensors.len() - 1
+                });
+                tensors[place].parts.push((i, j));
+            }
+        }
+        tensors
     }
 }
 
 impl DecoderBlock<Param> {
     /// The parameters of block `i`.
-    pub fn declare(cfg: &ModelConfig, i: usize) -> DecoderBlock<Param> {
-        let b = Scope { cfg, here: format!("layers.{i}."), there: format!("model.layers.{i}.") };
-        let attention_bias = |here, there, pattern| cfg.attention_bias.then(|| b.param(here, there, pattern));
-        let mlp_bias = |here, there, pattern| cfg.mlp_bias.then(|| b.param(here, there, pattern));
+    pub fn declare(cfg: &ModelConfig, i: usize, layer: &LayerConfig) -> DecoderBlock<Param> {
+        let names = cfg.names;
+        let b = Scope { cfg, here: format!("layers.{i}."), there: format!("model.layers.{i}."), d_ff: cfg.d_ff };
+        let norm = |here, there: Option<&str>| there.map(|there| b.param(here, &format!("{there}.weight"), "M->M"));
         DecoderBlock {
-            input_norm: b.param("input_norm", "input_layernorm.weight", "M->M"),
-            attention: Attention {
-                q_proj: b.param("attention.q_proj", "self_attn.q_proj.weight", "(HK)M->MHK"),
-                k_proj: b.param("attention.k_proj", "self_attn.k_proj.weight", "(GK)M->MGK"),
-                v_proj: b.param("attention.v_proj", "self_attn.v_proj.weight", "(GK)M->MGK"),
-                out_proj: b.param("attention.out_proj", "self_attn.o_proj.weight", "M(HK)->HKM"),
-                q_bias: attention_bias("attention.q_bias", "self_attn.q_proj.bias", "(HK)->HK"),
-                k_bias: attention_bias("attention.k_bias", "self_attn.k_proj.bias", "(GK)->GK"),
-                v_bias: attention_bias("attention.v_bias", "self_attn.v_proj.bias", "(GK)->GK"),
-                out_bias: attention_bias("attention.out_bias", "self_attn.o_proj.bias", "M->M"),
+            input_norm: norm("input_norm", names.input_norm),
+            attention: Attention::declare(&b.at("attention.", "self_attn.", cfg.d_ff)),
+            attn_out_norm: norm("attn_out_norm", names.attn_out_norm),
+            post_attn_norm: norm("post_attn_norm", names.post_attn_norm),
+            feed_forward: match &cfg.moe {
+                Some(moe) if layer.sparse => {
+                    FeedForward::Experts(Moe::declare(moe, &b.at("moe.", &format!("{}.", names.moe), moe.d_ff)))
+                }
+                _ => FeedForward::Dense(Mlp::declare(&b.at("mlp.", "mlp.", cfg.d_ff))),
             },
-            post_attn_norm: b.param("post_attn_norm", "post_attention_layernorm.weight", "M->M"),
-            mlp: Mlp {
-                gate_proj: b.param("mlp.gate_proj", "mlp.gate_proj.weight", "FM->MF"),
-                up_proj: b.param("mlp.up_proj", "mlp.up_proj.weight", "FM->MF"),
-                down_proj: b.param("mlp.down_proj", "mlp.down_proj.weight", "MF->FM"),
-                gate_bias: mlp_bias("mlp.gate_bias", "mlp.gate_proj.bias", "F->F"),
-                up_bias: mlp_bias("mlp.up_bias", "mlp.up_proj.bias", "F->F"),
-                down_bias: mlp_bias("mlp.down_bias", "mlp.down_proj.bias", "M->M"),
-            },
+            mlp_out_norm: norm("mlp_out_norm", names.mlp_out_norm),
         }
     }
 }
 
-/// Where declarations stand: the prefix of names here and there.
+impl Attention<Param> {
+    fn declare(s: &Scope<'_>) -> Attention<Param> {
+        let AttentionConfig { qkv_bias, out_bias, qk_norm, .. } = s.cfg.attention;
+        let bias = |wanted: bool, here, there, pattern| wanted.then(|| s.param(here, there, pattern));
+        let norm = |here, there, whole| {
+            qk_norm.map(|norm| s.param(here, there, if norm == QkNorm::Whole { whole } else { "K->K" }))
+        };
+        let [q, k, v] = match s.cfg.names.fused {
+            true => s.fused(
+                "qkv_proj.weight",
+                [("q_proj", "(HK)M->MHK"), ("k_proj", "(GK)M->MGK"), ("v_proj", "(GK)M->MGK")],
+            ),
+            false => [
+                s.param("q_proj", "q_proj.weight", "(HK)M->MHK"),
+                s.param("k_proj", "k_proj.weight", "(GK)M->MGK"),
+                s.param("v_proj", "v_proj.weight", "(GK)M->MGK"),
+            ],
+        };
+        Attention {
+            q_proj: q,
+            k_proj: k,
+            v_proj: v,
+            out_proj: s.param("out_proj", "o_proj.weight", "M(HK)->HKM"),
+            q_bias: bias(qkv_bias, "q_bias", "q_proj.bias", "(HK)->HK"),
+            k_bias: bias(qkv_bias, "k_bias", "k_proj.bias", "(GK)->GK"),
+            v_bias: bias(qkv_bias, "v_bias", "v_proj.bias", "(GK)->GK"),
+            out_bias: bias(out_bias, "out_bias", "o_proj.bias", "M->M"),
+            q_norm: norm("q_norm", "q_norm.weight", "(HK)->HK"),
+            k_norm: norm("k_norm", "k_norm.weight", "(GK)->GK"),
+        }
+    }
+}
+
+impl Mlp<Param> {
+    fn declare(s: &Scope<'_>) -> Mlp<Param> {
+        let bias = |here, there, pattern| s.cfg.mlp_bias.then(|| s.param(here, there, pattern));
+        let [gate, up] = match s.cfg.names.fused {
+            true => s.fused("gate_up_proj.weight", [("gate_proj", "FM->MF"), ("up_proj", "FM->MF")]),
+            false => {
+                [s.param("gate_proj", "gate_proj.weight", "FM->MF"), s.param("up_proj", "up_proj.weight", "FM->MF")]
+            }
+        };
+        Mlp {
+            gate_proj: gate,
+            up_proj: up,
+            down_proj: s.param("down_proj", "down_proj.weight", "MF->FM"),
+            gate_bias: bias("gate_bias", "gate_proj.bias", "F->F"),
+            up_bias: bias("up_bias", "up_proj.bias", "F->F"),
+            down_bias: bias("down_bias", "down_proj.bias", "M->M"),
+        }
+    }
+}
+
+impl Moe<Param> {
+    fn declare(moe: &MoeConfig, s: &Scope<'_>) -> Moe<Param> {
+        let [gate, up, down] = s.cfg.names.expert.map(|name| format!("experts.{{}}.{name}.weight"));
+        let shared_name = s.cfg.names.shared_expert;
+        Moe {
+            router: s.param("router", "gate.weight", "EM->ME"),
+            correction_bias: moe
+                .correction_bias
+                .then(|| s.param("correction_bias", "gate.e_score_correction_bias", "E->E")),
+            gate_proj: s.param("gate_proj", &gate, "E:FM->MF"),
+            up_proj: s.param("up_proj", &up, "E:FM->MF"),
+            down_proj: s.param("down_proj", &down, "E:MF->FM"),
+            shared: moe.shared.map(|shared| Mlp::declare(&s.at("shared.", &format!("{shared_name}."), shared.d_ff))),
+            shared_gate: moe
+                .shared
+                .filter(|shared| shared.gated)
+                .map(|_| s.param("shared_gate", &format!("{shared_name}_gate.weight"), "1M->M")),
+        }
+    }
+}
+
+/// Where declarations stand: the prefix of names here and there, and what F is.
 struct Scope<'a> {
     cfg: &'a ModelConfig,
     here: String,
     there: String,
+    d_ff: usize,
 }
 
 impl Scope<'_> {
+    /// A scope inside of this one.
+    fn at(&self, here: &str, there: &str, d_ff: usize) -> Scope<'_> {
+        Scope { cfg: self.cfg, here: format!("{}{here}", self.here), there: format!("{}{there}", self.there), d_ff }
+    }
+
+    fn size(&self, letter: char) -> usize {
+        match letter {
+            'F' => self.d_ff,
+            '1' => 1,
+            letter => self.cfg.axis(letter).size,
+        }
+    }
+
+    /// One parameter. In the name of an `E:` pattern, `{}` stands for the expert's number.
     fn param(&self, here: &str, there: &str, pattern: &'static str) -> Param {
-        let (stored, axes) = pattern.split_once("->").expect("a pattern has an arrow");
+        let (per_expert, plain) = match pattern.strip_prefix("E:") {
+            Some(plain) => (true, plain),
+            None => (false, pattern),
+        };
+        let (stored, axes) = plain.split_once("->").expect("a pattern has an arrow");
         let stored: Vec<&str> = stored_axes(stored);
-        let layout = if stored.concat() == axes {
+        let layout = if stored.concat().trim_start_matches('1') == axes {
             Layout::Same
         } else {
             assert_eq!([stored[1], stored[0]].concat(), axes, "{pattern} is neither an identity nor a transpose");
             Layout::Transposed
         };
+        let shape: Vec<usize> = stored.iter().map(|group| group.chars().map(|a| self.size(a)).product()).collect();
+        let piece = |name: String| Piece { name, rows: shape[0], shape: shape.clone(), first_row: 0 };
+        let there = format!("{}{there}", self.there);
+        let (axes, pieces) = match per_expert {
+            true => {
+                let of_expert = |e: usize| piece(there.replace("{}", &e.to_string()));
+                (format!("E{axes}"), (0..self.size('E')).map(of_expert).collect())
+            }
+            false => (axes.to_string(), vec![piece(there)]),
+        };
         Param {
             name: format!("{}{here}", self.here),
-            hf_name: format!("{}{there}", self.there),
+            pieces,
             pattern,
-            axes,
-            shape: axes.chars().map(|a| self.cfg.axis(a).size).collect(),
-            hf_shape: stored.iter().map(|group| group.chars().map(|a| self.cfg.axis(a).size).product()).collect(),
-            layout,
+            shape: axes.chars().map(|a| self.size(a)).collect(),
             logical: axes.chars().map(|a| self.cfg.axis(a).logical).collect(),
+            axes,
+            layout,
+            // transformers: `_keep_in_fp32_modules_strict`
+            precise: here == "correction_bias",
             dtype: self.cfg.dtype.unwrap_or(DType::F32),
         }
+    }
+
+    /// Parameters whose rows follow each other in one tensor.
+    fn fused<const N: usize>(&self, there: &str, parts: [(&str, &'static str); N]) -> [Param; N] {
+        let mut params = parts.map(|(here, pattern)| self.param(here, there, pattern));
+        let total = params.iter().map(|p| p.pieces[0].rows).sum();
+        let mut first = 0;
+        for piece in params.iter_mut().map(|p| &mut p.pieces[0]) {
+            piece.first_row = first;
+            piece.shape[0] = total;
+            first += piece.rows;
+        }
+        params
     }
 }
 
@@ -294,13 +553,22 @@ impl Param {
 
     /// Where Hugging Face's shape comes from, for messages: `9 heads × 64, hidden 576`.
     pub fn arithmetic(&self, cfg: &ModelConfig) -> String {
-        let stored = self.pattern.split_once("->").map_or(self.pattern, |(stored, _)| stored);
+        let stored = self.pattern.trim_start_matches("E:").split_once("->").map_or(self.pattern, |(stored, _)| stored);
+        let size = |a: char| match self.axes.find(a) {
+            Some(at) => self.shape[at],
+            None => 1,
+        };
         let axis = |group: &str| match group.chars().collect::<Vec<_>>()[..] {
-            [a] => format!("{} {}", cfg.axis(a).noun, cfg.axis(a).size),
-            [a, b] => format!("{} {} × {}", cfg.axis(a).size, cfg.axis(a).noun, cfg.axis(b).size),
+            ['1'] => "1".to_string(),
+            [a] => format!("{} {}", cfg.axis(a).noun, size(a)),
+            [a, b] => format!("{} {} × {}", size(a), cfg.axis(a).noun, size(b)),
             _ => group.to_string(),
         };
-        stored_axes(stored).into_iter().map(axis).collect::<Vec<_>>().join(", ")
+        let axes = stored_axes(stored).into_iter().map(axis).collect::<Vec<_>>().join(", ");
+        match self.pieces[0].shape[0] == self.pieces[0].rows {
+            true => axes,
+            false => format!("rows {} on: {axes}", self.pieces[0].first_row),
+        }
     }
 }
 
@@ -314,16 +582,16 @@ mod tests {
         let p = Llama::declare(&small());
         let q = &p.layers[1].attention.q_proj;
         assert_eq!(
-            (q.name.as_str(), q.hf_name.as_str()),
+            (q.name.as_str(), q.pieces[0].name.as_str()),
             ("layers.1.attention.q_proj", "model.layers.1.self_attn.q_proj.weight")
         );
-        assert_eq!((q.axes, &q.shape[..], &q.hf_shape[..]), ("MHK", &[20, 6, 8][..], &[48, 20][..]));
+        assert_eq!((q.axes.as_str(), &q.shape[..], &q.pieces[0].shape[..]), ("MHK", &[20, 6, 8][..], &[48, 20][..]));
         assert_eq!((q.layout, &q.logical[..]), (Layout::Transposed, &["embed", "heads", "head_dim"][..]));
         assert_eq!(q.arithmetic(&small()), "6 heads × 8, hidden 20");
         let o = &p.layers[0].attention.out_proj;
-        assert_eq!((o.axes, &o.shape[..], &o.hf_shape[..]), ("HKM", &[6, 8, 20][..], &[20, 48][..]));
+        assert_eq!((o.axes.as_str(), &o.shape[..], &o.pieces[0].shape[..]), ("HKM", &[6, 8, 20][..], &[20, 48][..]));
         let bias = p.layers[0].attention.k_bias.as_ref().expect("attention_bias is on");
-        assert_eq!((&bias.shape[..], &bias.hf_shape[..], bias.layout), (&[2, 8][..], &[16][..], Layout::Same));
+        assert_eq!((&bias.shape[..], &bias.pieces[0].shape[..], bias.layout), (&[2, 8][..], &[16][..], Layout::Same));
         assert_eq!(p.lm_head.as_ref().map(|h| h.shape.clone()), Some(vec![20, 33]));
         let tied = Llama::declare(&ModelConfig { tie_word_embeddings: true, ..small() });
         assert!(tied.lm_head.is_none());
@@ -332,7 +600,10 @@ mod tests {
     #[test]
     fn a_name_is_the_path_of_fields_and_unique() {
         let p = Llama::declare(&small());
-        assert_eq!(p.layers[1].mlp.down_bias.as_ref().map(|b| b.name.as_str()), Some("layers.1.mlp.down_bias"));
+        assert_eq!(
+            p.layers[1].feed_forward.as_ref().into_dense().and_then(|mlp| mlp.down_bias).map(|b| b.name.as_str()),
+            Some("layers.1.mlp.down_bias")
+        );
         let mut names: Vec<&str> = p.iter().into_iter().map(|x| x.name.as_str()).collect();
         assert_eq!(names.len(), 3 + 2 * 16);
         assert_eq!((names[0], names[1], names[34]), ("embedding", "layers.0.input_norm", "lm_head"));
@@ -345,7 +616,7 @@ mod tests {
     fn leaves_and_back() {
         let p = Llama::declare(&small());
         let numbers = p.from_leaves(0..35).expect("as many as there are");
-        assert_eq!(numbers.layers[1].input_norm, 17);
+        assert_eq!(numbers.layers[1].input_norm, Some(17));
         assert_eq!(numbers.iter().into_iter().copied().collect::<Vec<_>>(), (0..35).collect::<Vec<_>>());
         assert!(p.from_leaves(0..34).is_none() && p.from_leaves(0..36).is_none());
         assert_eq!(numbers.clone().try_map(&mut |x| if x < 20 { Ok(x) } else { Err(x) }), Err(20));

@@ -1,5 +1,7 @@
 //! GGUF files: values against the `gguf` Python package, a whole model, configuration, tokenizers, and bad files.
 
+#[path = "gguf/architectures.rs"]
+mod architectures;
 #[path = "gguf/builder.rs"]
 mod builder;
 #[path = "gguf/config.rs"]

@@ -19,10 +19,10 @@ fn write_model(folder: &Path) -> (u64, u64) {
     fs::write(folder.join("config.json"), config.to_string()).expect("writable");
     let config = ModelConfig::from_value(&config, folder).expect("valid");
     let (mut header, mut end, mut largest) = (Map::new(), 0, 0);
-    for param in Llama::declare(&config).into_leaves() {
-        let bytes = (param.elements() * DType::F32.size()) as u64;
-        let entry = json!({"dtype": "F32", "shape": param.hf_shape, "data_offsets": [end, end + bytes]});
-        header.insert(param.hf_name, entry);
+    for tensor in Llama::declare(&config).hf_tensors() {
+        let bytes = (tensor.shape.iter().product::<usize>() * DType::F32.size()) as u64;
+        let entry = json!({"dtype": "F32", "shape": tensor.shape, "data_offsets": [end, end + bytes]});
+        header.insert(tensor.name, entry);
         (end, largest) = (end + bytes, largest.max(bytes));
     }
     let header = json!(header).to_string();

@@ -5,8 +5,9 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use serde_json::json;
+use xllama::Error;
 use xllama::generation::SamplingOptions;
-use xllama::runtime::{Engine, Session};
+use xllama::runtime::{Engine, Session, TokenRead};
 
 use super::generate::context_len;
 use super::model_args::ModelArgs;
@@ -109,7 +110,9 @@ impl Args {
         engine.prepare(&session.programs(prompt.len(), SamplingOptions::default().spec()))?;
         let started = Instant::now();
         session.prefill(&[prompt], &[SamplingOptions::default()], None)?;
-        let mut tokens = session.read_tokens()?.wait()?;
+        let ids =
+            |read: TokenRead| Ok::<_, Error>(read.wait()?.into_iter().map(|drawn| drawn.id).collect::<Vec<u32>>());
+        let mut tokens = ids(session.read_tokens()?)?;
         let prefill = self.prompt_tokens as f64 / started.elapsed().as_secs_f64();
 
         let started = Instant::now();
@@ -119,7 +122,7 @@ impl Args {
             if i + 1 < self.gen_tokens {
                 session.decode()?;
             }
-            tokens.extend(read.wait()?);
+            tokens.extend(ids(read)?);
         }
         let decode = self.gen_tokens as f64 / started.elapsed().as_secs_f64();
         Ok(Run { prefill, decode, tokens })

@@ -43,10 +43,10 @@ impl Args {
         let loaded = self.model.load(context)?;
         let tokenizer = loaded.tokenizer()?;
         let template = ChatTemplate::of_checkpoint(&loaded.checkpoint)?;
-        let trained = loaded.engine.config().max_position_embeddings;
+        let trained = loaded.engine.config().context_len();
         let len = self.max_seq.unwrap_or(4096.min(trained));
         if len == 0 || len > trained {
-            let what = format!("must be between 1 and {trained} (max_position_embeddings of the model), found {len}");
+            let what = format!("must be between 1 and {trained} (the context of the model), found {len}");
             return Err(Error::Option { name: "max-seq".into(), what }.into());
         }
         let generation_config = generation_config(&loaded.checkpoint)?;
@@ -108,7 +108,7 @@ impl Conversation<'_> {
         }
         // At least one token has to run for there to be logits.
         let same = ids.iter().zip(&self.cached).take_while(|(a, b)| a == b).count().min(ids.len() - 1);
-        session.truncate(0, same);
+        let same = session.truncate(0, session.keepable(0, same, ids.len()));
         let mut options = options.clone();
         options.max_tokens = options.max_tokens.min(self.len - ids.len());
         options.sampling.history = ids[..same].to_vec();

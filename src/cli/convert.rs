@@ -4,7 +4,8 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::atomic::AtomicBool;
 
-use converter::{ConvertOptions, DType, Report};
+use converter::config::RopeExtension;
+use converter::{AddedTokens, ConvertOptions, DType, Extension, Report};
 use serde_json::json;
 use xllama::Error;
 
@@ -15,14 +16,16 @@ use super::progress::mebibytes;
 /// Turn a Hugging Face folder or a GGUF file into per-head parameters.
 #[derive(clap::Args)]
 #[command(
-    after_help = "Example:\n  xllama convert-params ~/models/Llama-3.2-1B ~/models/Llama-3.2-1B.params --dtype bf16"
+    after_help = "Examples:\n  xllama convert-params ~/models/Llama-3.2-1B ~/models/Llama-3.2-1B.params --dtype bf16\n  \
+                  xllama convert-params smollm2-135m ./long --rope-scaling yarn:4 --add-tokens tokens.txt"
 )]
 pub struct ConvertArgs {
     #[command(flatten)]
     paths: Paths,
 }
 
-/// Turn per-head parameters back into a folder that transformers loads; the round trip is bit-identical.
+/// Turn per-head parameters back into a folder that transformers loads; the round trip is bit-identical unless the model is
+/// extended.
 #[derive(clap::Args)]
 #[command(after_help = "Example:\n  xllama export-hf smollm2-135m ./SmolLM2-135M")]
 pub struct ExportArgs {
@@ -42,6 +45,16 @@ struct Paths {
     /// Start a new file when one would grow past this, for example 2GB or 500MiB.
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     shard_size: Option<u64>,
+    /// Rows of the embedding and of the output head; new ones are the mean of the old [default: as many as are needed].
+    #[arg(long, value_name = "N")]
+    vocab_size: Option<usize>,
+    /// Add the tokens of this file to the tokenizer: one a line (literally, or as {"content": "<tool>", "special": true}), or
+    /// a JSON list of them.
+    #[arg(long, value_name = "FILE")]
+    add_tokens: Option<PathBuf>,
+    /// Stretch the context: yarn:4, linear:2, dynamic:2 or ntk:4.
+    #[arg(long, value_name = "KIND:FACTOR")]
+    rope_scaling: Option<RopeExtension>,
 }
 
 type Work = fn(
@@ -68,7 +81,10 @@ impl Paths {
     fn run(self, context: &Context, what: &str, work: Work) -> anyhow::Result<ExitCode> {
         let src = ModelArg { model: self.src.clone() }.path(context)?;
         let guard = context.interrupt.watch();
-        let options = ConvertOptions { dtype: self.dtype, shard_size: self.shard_size, ..ConvertOptions::default() };
+        let tokens = self.add_tokens.as_deref().map(AddedTokens::read).transpose().map_err(Error::from)?;
+        let extension = Extension { vocab_size: self.vocab_size, tokens, rope: self.rope_scaling };
+        let Paths { dtype, shard_size, .. } = self;
+        let options = ConvertOptions { dtype, shard_size, extension, ..ConvertOptions::default() };
         let progress = |done, total| context.reporter.bytes(what, done, total);
         let report = work(&src, &self.dst, &options, &progress, guard.flag()).map_err(Error::from)?;
         context.reporter.clear();
@@ -78,6 +94,8 @@ impl Paths {
         let json = json!({
             "tensors": report.tensors,
             "bytes": report.bytes,
+            "vocab_size": report.vocab_size,
+            "added_tokens": report.added_tokens,
             "seconds": report.seconds,
             "peak_rss_bytes": peak_rss(),
         });

@@ -66,15 +66,14 @@ impl Args {
             Which::Prefill => self.prompt_tokens as usize,
             Which::Decode => 1,
         };
-        let asked = self.max_seq.unwrap_or(2048.min(cfg.max_position_embeddings));
+        let asked = self.max_seq.unwrap_or(2048.min(cfg.context_len()));
         let len = cache_len(context_len(&checkpoint, tokens, asked, Some(asked))?);
         let dtype = self.model.dtype.unwrap_or(DType::F32);
+        let cache = self.model.cache.options().shape(self.batch.into(), len, dtype);
         let spec = StepSpec {
-            batch: self.batch.into(),
             tokens,
-            cache_len: len,
-            read_len: if tokens == 1 { len } else { tokens },
-            cache_dtype: dtype,
+            read_len: if tokens == 1 { cache.len } else { tokens },
+            cache,
             output: Output::Token(SamplerSpec::default()),
         };
         let text = build(&spec, checkpoint.params(), dtype, cfg)?.stablehlo();

@@ -8,20 +8,26 @@ use std::time::Duration;
 use anyhow::Context as _;
 use clap::builder::NonEmptyStringValueParser;
 use converter::Checkpoint;
-use serde_json::json;
+use serde_json::{Value, json};
 use xllama::Error;
-use xllama::generation::{FinishReason, GenerateOptions, Generation, generate};
+use xllama::generation::{
+    Beam, BeamOptions, FinishReason, GenerateOptions, Generation, beam_search, contrastive_search, generate, samples,
+};
 use xllama::runtime::{Engine, Session};
-use xllama::text::{ChatTemplate, Message, RenderOptions, Tokenizer};
+use xllama::text::{ChatTemplate, Message, RenderOptions, TextStream, Tokenizer};
 
-use super::Context;
 use super::model_args::ModelArgs;
-use super::sampling_args::SamplingArgs;
+use super::sampling_args::{Method, SamplingArgs, SearchArgs};
+use super::{Context, table};
 
 /// Generate text from a prompt.
 #[derive(clap::Args)]
 #[command(after_help = "Examples:\n  xllama generate \"Once upon a time\"\n  \
-                        echo \"Name three colours.\" | xllama generate - --chat --max-tokens 50 --json")]
+                        echo \"Name three colours.\" | xllama generate - --chat --max-tokens 50 --json\n  \
+                        xllama generate \"The sea is\" --samples 3 --temperature 0.8 --max-tokens 20\n  \
+                        xllama generate \"The sea is\" --beams 4 --max-tokens 20 --json\n  \
+                        xllama generate \"The sea is\" --penalty-alpha 0.6 --top-k 4\n  \
+                        xllama generate \"The sea is\" --logprobs 3 --max-tokens 5")]
 pub struct Args {
     /// The prompt; `-` reads standard input. Without one the model begins on its own.
     #[arg(default_value = "", hide_default_value = true)]
@@ -42,6 +48,15 @@ pub struct Args {
     chat: bool,
     #[command(flatten)]
     sampling: SamplingArgs,
+    #[command(flatten)]
+    search: SearchArgs,
+}
+
+/// What was generated, the text that counts first.
+struct Done {
+    texts: Vec<Generation>,
+    /// What a beam search found, in the same order.
+    beams: Vec<Beam>,
 }
 
 impl Args {
@@ -56,11 +71,12 @@ impl Args {
         };
         // What is wrong with the request is said before anything is fetched or loaded.
         self.sampling.options(None).validate(usize::MAX)?;
+        let method = self.search.method(&self.sampling, &self.stop)?;
         let plugin = self.model.device.plugin_path(context)?;
         let checkpoint = self.model.model.open(context)?;
         let cfg = checkpoint.config().clone();
         let generation_config = generation_config(&checkpoint)?;
-        let sampling = self.sampling.options(generation_config.as_ref());
+        let sampling = self.search.complete(self.sampling.options(generation_config.as_ref()))?;
         sampling.validate(cfg.vocab_size)?;
 
         let tokenizer = Tokenizer::of_checkpoint(&checkpoint)?;
@@ -68,8 +84,9 @@ impl Args {
         let len = context_len(&checkpoint, ids.len(), self.max_tokens, self.max_seq)?;
 
         let loaded = self.model.load_checkpoint(context, plugin, checkpoint)?;
-        let mut session = Session::new(&loaded.engine, 1, len)?;
-        if self.max_tokens > 0 {
+        let mut session = Session::new(&loaded.engine, method.slots(), len)?;
+        let drawn = matches!(method, Method::Draw | Method::Samples(_));
+        if self.max_tokens > 0 && drawn {
             compile(context, &loaded.engine, &session, ids.len(), sampling.spec())?;
         }
         let options = GenerateOptions {
@@ -80,7 +97,8 @@ impl Args {
         };
 
         let guard = context.interrupt.watch();
-        let stream = !context.json;
+        let one = matches!(method, Method::Draw | Method::Contrastive { .. });
+        let stream = !context.json && one;
         let terminal = std::io::stdout().is_terminal();
         let mut first_token = None;
         let mut out = std::io::stdout().lock();
@@ -88,64 +106,188 @@ impl Args {
             write!(out, "{prompt}")?;
             out.flush()?;
         }
-        let done = generate(&mut session, &tokenizer, &ids, &options, guard.flag(), &mut |piece| {
+        if !one {
+            context.reporter.say(&format!("{} texts side by side", method.slots()));
+        }
+        let mut on_text = |piece: &str| {
             first_token.get_or_insert_with(|| context.started.elapsed());
             if stream {
                 // A closed pipe ends the output, not the accounting.
                 let _ = write!(out, "{piece}").and_then(|()| if terminal { out.flush() } else { Ok(()) });
             }
-        })?;
+        };
+        let mut beams = Vec::new();
+        let texts = match method {
+            Method::Draw => vec![generate(&mut session, &tokenizer, &ids, &options, guard.flag(), &mut on_text)?],
+            Method::Samples(_) => {
+                let mut on_text = |_: usize, piece: &str| on_text(piece);
+                samples(&mut session, &tokenizer, &ids, &options, guard.flag(), &mut on_text)?
+            }
+            Method::Contrastive { alpha, .. } => {
+                let session = &mut session;
+                vec![contrastive_search(session, &tokenizer, &ids, alpha, &options, guard.flag(), &mut on_text)?]
+            }
+            Method::Beams { length_penalty, early_stopping, .. } => {
+                let GenerateOptions { max_tokens, stop_ids, .. } = options;
+                let options = BeamOptions { max_tokens, length_penalty, early_stopping, stop_ids };
+                let found = beam_search(&mut session, &ids, &options, guard.flag())?;
+                beams = found.beams;
+                let whole = |beam: &Beam| -> anyhow::Result<Generation> {
+                    Ok(Generation {
+                        text: beam_text(&tokenizer, beam)?,
+                        tokens: beam.tokens.clone(),
+                        log_probabilities: Vec::new(),
+                        finish_reason: beam.finish_reason,
+                        timing: found.timing,
+                    })
+                };
+                beams.iter().map(whole).collect::<anyhow::Result<_>>()?
+            }
+        };
         drop(guard);
+        context.reporter.clear();
         if stream {
             writeln!(out)?;
         }
         drop(out);
+        let done = Done { texts, beams };
         let stats = loaded.engine.compile_stats();
         let total = context.started.elapsed();
         if context.json {
-            println!("{}", json_result(&done, ids.len(), loaded.load_time, stats.time, first_token, total));
+            let timing = [loaded.load_time, stats.time, first_token.unwrap_or(total), total];
+            println!("{}", json_result(&done, method, &tokenizer, ids.len(), timing));
         } else {
+            done.print(method, &tokenizer);
+            let timing = done.texts.first().map(|text| text.timing).unwrap_or_default();
+            let beams = done.beams.first().map_or(String::new(), |beam| format!(" (score {:.4})", beam.score));
             context.reporter.note(&format!(
-                "{} prompt tokens, {} generated; load {:.2} s, compile {:.2} s, first token after {:.2} s, \
+                "{} prompt tokens, {} generated{beams}; load {:.2} s, compile {:.2} s, first token after {:.2} s, \
                  prefill {:.0} tok/s, decode {:.1} tok/s",
                 ids.len(),
-                done.tokens.len(),
+                done.texts.iter().map(|text| text.tokens.len()).sum::<usize>(),
                 loaded.load_time.as_secs_f64(),
                 stats.time.as_secs_f64(),
                 first_token.unwrap_or(total).as_secs_f64(),
-                done.timing.prefill_rate(),
-                done.timing.decode_rate(),
+                timing.prefill_rate(),
+                timing.decode_rate(),
             ));
         }
-        match done.finish_reason {
-            FinishReason::Interrupted => Err(Error::Interrupted.into()),
-            _ => Ok(ExitCode::SUCCESS),
+        match done.texts.iter().any(|text| text.finish_reason == FinishReason::Interrupted) {
+            true => Err(Error::Interrupted.into()),
+            false => Ok(ExitCode::SUCCESS),
         }
     }
 }
 
+impl Done {
+    /// Prints what has not been streamed.
+    fn print(&self, method: Method, tokenizer: &Tokenizer) {
+        match method {
+            Method::Beams { .. } => println!("{}", self.texts.first().map_or("", |best| &best.text)),
+            Method::Draw | Method::Contrastive { .. } => {
+                self.texts.iter().for_each(|text| print_log_probabilities(text, tokenizer))
+            }
+            Method::Samples(_) => {
+                for (i, text) in self.texts.iter().enumerate() {
+                    println!("── {} ──\n{}", i + 1, text.text);
+                    print_log_probabilities(text, tokenizer);
+                }
+            }
+        }
+    }
+}
+
+/// A line per token, if log-probabilities were asked for.
+fn print_log_probabilities(text: &Generation, tokenizer: &Tokenizer) {
+    let Some(first) = text.log_probabilities.first() else { return };
+    let one = |id: u32, x: f32| [format!("{:?}", token_text(tokenizer, id)), format!("{x:.4}")];
+    let mut header = vec!["token".to_string(), "logprob".into()];
+    header.extend((1..=first.best.len()).flat_map(|i| [format!("likeliest {i}"), "logprob".into()]));
+    let rows: Vec<Vec<String>> = text
+        .log_probabilities
+        .iter()
+        .map(|drawn| {
+            let own = (drawn.id, drawn.log_probability.unwrap_or(f32::NAN));
+            [own].iter().chain(&drawn.best).flat_map(|(id, x)| one(*id, *x)).collect()
+        })
+        .collect();
+    let right: Vec<usize> = (1..header.len()).step_by(2).collect();
+    println!();
+    table::print(&header.iter().map(String::as_str).collect::<Vec<_>>(), &rows, &right);
+}
+
+/// What a token says by itself. A piece of SentencePiece that begins with a space keeps it, which decoding takes from the
+/// beginning of a text.
+fn token_text(tokenizer: &Tokenizer, id: u32) -> String {
+    let text = tokenizer.decode(&[id], false).unwrap_or_default();
+    let space = tokenizer.token(id).is_some_and(|token| token.starts_with('▁')) && !text.starts_with(' ');
+    if space { format!(" {text}") } else { text }
+}
+
+/// The text of a beam, without the id that ended it.
+fn beam_text(tokenizer: &Tokenizer, beam: &Beam) -> anyhow::Result<String> {
+    let shown = beam.tokens.len() - usize::from(beam.finish_reason == FinishReason::Stop);
+    let mut stream = TextStream::new(tokenizer);
+    let mut text = String::new();
+    for id in &beam.tokens[..shown] {
+        text.extend(stream.push(*id)?);
+    }
+    text.extend(stream.finish()?);
+    Ok(text)
+}
+
+/// `timing`: load, compile, to the first token, all.
 fn json_result(
-    done: &Generation,
+    done: &Done,
+    method: Method,
+    tokenizer: &Tokenizer,
     prompt_tokens: usize,
-    load: Duration,
-    compile: Duration,
-    first_token: Option<Duration>,
-    total: Duration,
-) -> serde_json::Value {
-    json!({
-        "text": done.text,
-        "tokens": done.tokens,
-        "prompt_tokens": prompt_tokens,
-        "finish_reason": done.finish_reason.name(),
-        "timing": {
-            "load_s": load.as_secs_f64(),
-            "compile_s": compile.as_secs_f64(),
-            "prefill_tok_s": done.timing.prefill_rate(),
-            "decode_tok_s": done.timing.decode_rate(),
-            "time_to_first_token_s": first_token.unwrap_or(total).as_secs_f64(),
-            "total_s": total.as_secs_f64(),
-        },
-    })
+    timing: [Duration; 4],
+) -> Value {
+    let text = |text: &Generation| {
+        let mut value = json!({ "text": text.text, "tokens": text.tokens, "finish_reason": text.finish_reason.name() });
+        if !text.log_probabilities.is_empty() {
+            value["logprobs"] = log_probabilities(text, tokenizer);
+        }
+        value
+    };
+    let mut value = done.texts.first().map_or(json!({ "text": "", "tokens": [], "finish_reason": "length" }), text);
+    let [load, compile, first_token, total] = timing.map(|time| time.as_secs_f64());
+    let rates = done.texts.first().map(|text| text.timing).unwrap_or_default();
+    value["prompt_tokens"] = prompt_tokens.into();
+    value["timing"] = json!({
+        "load_s": load,
+        "compile_s": compile,
+        "prefill_tok_s": rates.prefill_rate(),
+        "decode_tok_s": rates.decode_rate(),
+        "time_to_first_token_s": first_token,
+        "total_s": total,
+    });
+    match method {
+        Method::Samples(_) => value["samples"] = done.texts.iter().map(text).collect(),
+        Method::Beams { .. } => {
+            let beams = done.texts.iter().zip(&done.beams);
+            value["beams"] = beams
+                .map(|(text, beam)| {
+                    let reason = beam.finish_reason.name();
+                    json!({ "text": text.text, "tokens": text.tokens, "score": beam.score, "finish_reason": reason })
+                })
+                .collect();
+        }
+        Method::Draw | Method::Contrastive { .. } => {}
+    }
+    value
+}
+
+/// As `--json` has it: the model's own log-probability of each token, and the likeliest tokens with theirs.
+fn log_probabilities(text: &Generation, tokenizer: &Tokenizer) -> Value {
+    let one = |id: u32, x: f32| json!({ "id": id, "token": token_text(tokenizer, id), "logprob": x });
+    let tokens = text.log_probabilities.iter().map(|drawn| {
+        let mut value = one(drawn.id, drawn.log_probability.unwrap_or(f32::NAN));
+        value["top"] = drawn.best.iter().map(|(id, x)| one(*id, *x)).collect();
+        value
+    });
+    tokens.collect()
 }
 
 /// Gets the programs ready that a prompt of `len` tokens needs, with a word on the screen.
@@ -193,11 +335,11 @@ pub fn context_len(
     max_tokens: usize,
     max_seq: Option<usize>,
 ) -> Result<usize, Error> {
-    let trained = checkpoint.config().max_position_embeddings;
+    let trained = checkpoint.config().context_len();
     if let Some(asked) = max_seq
         && (asked == 0 || asked > trained)
     {
-        let what = format!("must be between 1 and {trained} (max_position_embeddings of the model), found {asked}");
+        let what = format!("must be between 1 and {trained} (the context of the model), found {asked}");
         return Err(Error::Option { name: "max-seq".into(), what });
     }
     let limit = max_seq.unwrap_or(trained);

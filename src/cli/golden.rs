@@ -7,7 +7,7 @@ use clap::Subcommand;
 use serde_json::json;
 use xllama::golden::{Manifest, Row, check};
 
-use super::model_args::{DeviceArg, ModelArg, ModelArgs};
+use super::model_args::{CacheArgs, DeviceArg, ModelArg, ModelArgs};
 use super::{Context, table};
 
 /// Hold the model to what PyTorch computed.
@@ -34,12 +34,14 @@ enum Action {
         case: Option<String>,
         #[command(flatten)]
         device: DeviceArg,
+        #[command(flatten)]
+        cache: CacheArgs,
     },
 }
 
 impl Args {
     pub fn run(self, context: &Context) -> anyhow::Result<ExitCode> {
-        let Action::Check { dir, model, case: wanted, device } = self.action;
+        let Action::Check { dir, model, case: wanted, device, cache } = self.action;
         let manifest = Manifest::open(&dir)?;
         let plugin = device.plugin_path(context)?;
         let mut rows: Vec<Row> = Vec::new();
@@ -47,7 +49,7 @@ impl Args {
             context.reporter.say(&format!("checking {}", case.name));
             let model = ModelArg { model: case.model(&dir, model.as_deref()) };
             let load = |checkpoint: &converter::Checkpoint, dtype| {
-                ModelArgs { model: model.clone(), device: device.clone(), dtype: Some(dtype) }
+                ModelArgs { model: model.clone(), device: device.clone(), dtype: Some(dtype), cache: cache.clone() }
                     .engine(context, &plugin, checkpoint)
             };
             let checked = model.open(context).and_then(|c| Ok(check(case, &dir, &manifest, &c, &load)?));

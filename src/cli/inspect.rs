@@ -4,6 +4,8 @@ use std::process::ExitCode;
 
 use serde_json::json;
 
+use xllama::config::{LayerConfig, ModelConfig};
+
 use super::model_args::ModelArg;
 use super::progress::mebibytes;
 use super::{Context, table};
@@ -27,7 +29,7 @@ impl Args {
             .iter()
             .map(|p| {
                 json!({
-                    "name": p.name, "hf_name": p.hf_name, "axes": p.axes, "shape": p.shape,
+                    "name": p.name, "hf_name": p.pieces[0].name, "hf_tensors": p.pieces.len(), "axes": p.axes, "shape": p.shape,
                     "dtype": p.dtype.name(), "sharding": p.logical, "bytes": bytes(p),
                 })
             })
@@ -43,19 +45,23 @@ impl Args {
                 cfg.model_type, cfg.n_layers, cfg.d_model, cfg.n_heads, cfg.n_kv_heads, cfg.head_dim, cfg.d_ff, cfg.vocab_size
             );
             println!(
-                "context {}, rope {:?}, {:?}, head {}\n",
-                cfg.max_position_embeddings,
-                cfg.rope,
+                "context {}, {:?}, head {}{}",
+                cfg.context_len(),
                 cfg.hidden_act,
-                if cfg.tie_word_embeddings { "tied" } else { "separate" }
+                if cfg.tie_word_embeddings { "tied" } else { "separate" },
+                blocks(cfg),
             );
+            for (i, rope) in cfg.ropes.iter().enumerate() {
+                println!("rope {i}: {} of {} elements, theta {}, {}", rope.dim, cfg.head_dim, rope.theta, rope.kind.name());
+            }
+            println!();
             let cells: Vec<Vec<String>> = params
                 .iter()
                 .map(|p| {
                     let shape: Vec<String> = p.shape.iter().map(usize::to_string).collect();
                     vec![
                         p.name.clone(),
-                        p.axes.into(),
+                        p.axes.clone(),
                         shape.join(" × "),
                         p.dtype.name().into(),
                         p.logical.join(", "),
@@ -68,4 +74,21 @@ impl Args {
         });
         Ok(ExitCode::SUCCESS)
     }
+}
+
+/// What the model has beside Llama's blocks, for people: `, windows of 512 on 15 of 18 layers`.
+fn blocks(cfg: &ModelConfig) -> String {
+    let count = |f: &dyn Fn(&LayerConfig) -> bool| cfg.layers.iter().filter(|layer| f(layer)).count();
+    let of = |n: usize| format!("on {n} of {} layers", cfg.n_layers);
+    let mut text = String::new();
+    for window in cfg.windows() {
+        text += &format!(", window of {window} {}", of(count(&|layer| layer.window == Some(window))));
+    }
+    if let still @ 1.. = count(&|layer| layer.rope.is_none()) {
+        text += &format!(", no rotation {}", of(still));
+    }
+    if let Some(moe) = &cfg.moe {
+        text += &format!(", {} of {} experts {}", moe.top_k, moe.n_experts, of(count(&|layer| layer.sparse)));
+    }
+    text
 }

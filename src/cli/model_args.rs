@@ -8,7 +8,7 @@ use xla::DType;
 use xla::wheel::{self, FetchOptions, Stage};
 use xllama::Error;
 use xllama::models::{self, DEFAULT_MODEL};
-use xllama::runtime::{Engine, device};
+use xllama::runtime::{CacheOptions, Engine, device};
 use xllama::text::Tokenizer;
 
 use super::Context;
@@ -39,6 +39,27 @@ pub struct ModelArgs {
     /// Type of parameters, cache and products: f32, bf16 or f16 [default: f32 on a CPU, else the checkpoint's].
     #[arg(long, value_name = "DTYPE", value_parser = parse_dtype)]
     pub dtype: Option<DType>,
+    #[command(flatten)]
+    pub cache: CacheArgs,
+}
+
+/// `--cache-dtype` and `--cache-page`.
+#[derive(clap::Args, Clone)]
+#[command(next_help_heading = "Cache")]
+pub struct CacheArgs {
+    /// Type of the key/value cache: f32, bf16, f16, or int8 with a scale for each position and head [default: --dtype's].
+    #[arg(long, value_name = "DTYPE", value_parser = parse_cache_dtype)]
+    pub cache_dtype: Option<DType>,
+    /// Keep the cache in pages of N positions, which slots share [default: an array for each slot].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    pub cache_page: Option<u16>,
+}
+
+impl CacheArgs {
+    /// As the engine takes them.
+    pub fn options(&self) -> CacheOptions {
+        CacheOptions { dtype: self.cache_dtype, page_size: self.cache_page.map(usize::from), pages: None }
+    }
 }
 
 /// A model in memory, with what getting it there took.
@@ -55,6 +76,13 @@ pub fn parse_dtype(name: &str) -> Result<DType, String> {
         "bf16" | "bfloat16" => Ok(DType::BF16),
         "f16" | "float16" => Ok(DType::F16),
         _ => Err("must be f32, bf16 or f16".into()),
+    }
+}
+
+fn parse_cache_dtype(name: &str) -> Result<DType, String> {
+    match name {
+        "int8" | "i8" => Ok(DType::I8),
+        other => parse_dtype(other).map_err(|_| "must be f32, bf16, f16 or int8".into()),
     }
 }
 
@@ -134,7 +162,8 @@ impl ModelArgs {
         let dtype = self.dtype.unwrap_or_else(|| default_dtype(client.platform_name(), checkpoint));
         let cache = wheel::cache_dir().ok().map(|c| c.join("executables"));
         let progress = |done, total| context.reporter.bytes("loading parameters", done, total);
-        let engine = Engine::load(plugin, client, checkpoint, dtype, cache, &progress)?;
+        let engine =
+            Engine::load(plugin, client, checkpoint, dtype, cache, &progress)?.with_cache(self.cache.options());
         context.reporter.clear();
         Ok(engine)
     }

@@ -39,7 +39,7 @@ impl Args {
         let stride = self.stride.unwrap_or(self.context);
         let plugin = self.model.device.plugin_path(context)?;
         let checkpoint = self.model.model.open(context)?;
-        let trained = checkpoint.config().max_position_embeddings;
+        let trained = checkpoint.config().context_len();
         if self.context < 2 || self.context > trained {
             let what = format!(
                 "must be between 2 and {trained} (max_position_embeddings of the model), found {}",

@@ -5,9 +5,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use super::options::SamplingOptions;
+use super::writer::Writer;
 use crate::Error;
-use crate::runtime::Session;
-use crate::text::{StopMatcher, TextStream, Tokenizer};
+use crate::kv_cache::CacheShape;
+use crate::runtime::{Drawn, Session};
+use crate::text::Tokenizer;
 
 /// What to generate.
 #[derive(Clone, Debug)]
@@ -80,14 +82,16 @@ pub struct Generation {
     pub text: String,
     /// The generated ids, a stop id included.
     pub tokens: Vec<u32>,
+    /// For each of them its log-probability and the most likely ids, where [`SamplingOptions::log_probabilities`] asks for it.
+    pub log_probabilities: Vec<Drawn>,
     /// Why it ended.
     pub finish_reason: FinishReason,
     /// How long it took.
     pub timing: Timing,
 }
 
-/// Appends `prompt` to slot 0 of a session of one slot and generates. `on_text` gets pieces of whole characters as
-/// they come. `interrupt` ends the text early.
+/// Appends `prompt` to the one slot of a session and generates. `on_text` gets pieces of whole characters as they
+/// come. `interrupt` ends the text early.
 pub fn generate(
     session: &mut Session,
     tokenizer: &Tokenizer,
@@ -96,93 +100,93 @@ pub fn generate(
     interrupt: &AtomicBool,
     on_text: &mut dyn FnMut(&str),
 ) -> Result<Generation, Error> {
-    let mut stream = TextStream::new(tokenizer);
-    let mut stops = StopMatcher::new(options.stop_strings.clone())?;
-    let mut out = Generation {
-        text: String::new(),
-        tokens: Vec::new(),
-        finish_reason: FinishReason::Length,
-        timing: Timing { prompt_tokens: prompt.len(), ..Timing::default() },
-    };
-    let room = session.cache_shape().len.saturating_sub(session.used()[0] + prompt.len());
-    // The last token drawn needs no place in the cache.
-    let max_tokens = options.max_tokens.min(room + 1);
-    if max_tokens == 0 {
-        return Ok(out);
-    }
-
-    let started = Instant::now();
-    let base = session.used()[0] + prompt.len();
-    session.prefill(&[prompt.to_vec()], std::slice::from_ref(&options.sampling), None)?;
-    let mut read = session.read_tokens()?;
-    let mut first = None;
-    for i in 0..max_tokens {
-        // The step after this token is on its way before the token is here.
-        let next = match i + 1 < max_tokens {
-            true => {
-                session.decode()?;
-                Some(session.read_tokens()?)
-            }
-            false => None,
-        };
-        let id = read.wait()?[0];
-        first.get_or_insert_with(Instant::now);
-        out.tokens.push(id);
-        let stop_id = options.stop_ids.contains(&id);
-        let mut piece = if stop_id { stream.finish()? } else { stream.push(id)? };
-        // Bytes that wait for the rest of a character may hold a stop string already.
-        if piece.is_none() && !options.stop_strings.is_empty() {
-            let held = stream.held()?;
-            if options.stop_strings.iter().any(|s| held.contains(s.as_str())) {
-                piece = stream.finish()?;
-            }
-        }
-        let mut stopped = stop_id;
-        if let Some(piece) = piece {
-            let result = stops.push(&piece);
-            emit(&mut out.text, &result.emit, on_text);
-            stopped |= result.stopped.is_some();
-            if result.stopped.is_some() {
-                out.finish_reason = FinishReason::Stop;
-                break;
-            }
-        }
-        if stopped {
-            out.finish_reason = FinishReason::Stop;
-            emit(&mut out.text, &stops.finish(), on_text);
-            break;
-        }
-        if interrupt.load(Ordering::Relaxed) {
-            out.finish_reason = FinishReason::Interrupted;
-        }
-        match next {
-            Some(next) if out.finish_reason != FinishReason::Interrupted => read = next,
-            _ => {
-                if let Some(piece) = stream.finish()? {
-                    let result = stops.push(&piece);
-                    emit(&mut out.text, &result.emit, on_text);
-                    if result.stopped.is_some() {
-                        out.finish_reason = FinishReason::Stop;
-                        break;
-                    }
-                }
-                emit(&mut out.text, &stops.finish(), on_text);
-                break;
-            }
-        }
-    }
-    let first = first.unwrap_or(started);
-    out.timing.prefill = first - started;
-    out.timing.decode = first.elapsed();
-    out.timing.decoded = out.tokens.len().saturating_sub(1);
-    // Steps dispatched past the end wrote nothing that counts: the text ends before its last token.
-    session.truncate(0, base + out.tokens.len() - 1);
-    Ok(out)
+    let mut all = samples(session, tokenizer, prompt, options, interrupt, &mut |_, piece| on_text(piece))?;
+    Ok(all.swap_remove(0))
 }
 
-fn emit(text: &mut String, piece: &str, on_text: &mut dyn FnMut(&str)) {
-    if !piece.is_empty() {
-        text.push_str(piece);
-        on_text(piece);
+/// Appends `prompt` to slot 0 and generates a text in every slot, each as [`generate`] gives it alone with the seed of
+/// `options` plus its number. The other slots lose what they held. `on_text` also gets the number of the text.
+///
+/// A slot whose text ends before the others' is freed.
+pub fn samples(
+    session: &mut Session,
+    tokenizer: &Tokenizer,
+    prompt: &[u32],
+    options: &GenerateOptions,
+    interrupt: &AtomicBool,
+    on_text: &mut dyn FnMut(usize, &str),
+) -> Result<Vec<Generation>, Error> {
+    let count = session.cache_shape().batch;
+    let mut texts =
+        (0..count).map(|_| Writer::new(tokenizer, options, prompt.len())).collect::<Result<Vec<Writer>, Error>>()?;
+    let base = session.used()[0] + prompt.len();
+    // The last token drawn needs no place in the cache.
+    let max_tokens = options.max_tokens.min(session.cache_shape().len.saturating_sub(base) + 1);
+    let started = Instant::now();
+    let mut first = started;
+    let mut read = match max_tokens {
+        0 => None,
+        _ => {
+            begin(session, prompt, &options.sampling)?;
+            Some(session.read_tokens()?)
+        }
+    };
+    let mut i = 0;
+    while let Some(now) = read.take() {
+        i += 1;
+        // The step after this token is on its way before the token is here.
+        if i < max_tokens {
+            session.decode()?;
+            read = Some(session.read_tokens()?);
+        }
+        let drawn = now.wait()?;
+        if i == 1 {
+            first = Instant::now();
+        }
+        let end = match interrupt.load(Ordering::Relaxed) {
+            true => Some(FinishReason::Interrupted),
+            false => (i == max_tokens).then_some(FinishReason::Length),
+        };
+        for (slot, (text, drawn)) in texts.iter_mut().zip(drawn).enumerate().filter(|(_, (text, _))| !text.ended) {
+            session.know(slot, drawn.id);
+            text.push(drawn, end, &mut |piece| on_text(slot, piece))?;
+            text.out.timing = Timing {
+                prefill: first - started,
+                decode: first.elapsed(),
+                decoded: text.out.tokens.len() - 1,
+                ..text.out.timing
+            };
+        }
+        if texts.iter().all(|text| text.ended) {
+            break;
+        }
+        (0..count).filter(|&slot| texts[slot].ended).for_each(|slot| session.free(slot));
     }
+    // Steps dispatched past the end wrote nothing that counts: a text ends before its last token.
+    for (slot, text) in texts.iter().enumerate().filter(|(_, text)| !text.out.tokens.is_empty()) {
+        session.truncate(slot, base + text.out.tokens.len() - 1);
+    }
+    Ok(texts.into_iter().map(|text| text.out).collect())
+}
+
+/// Gives every slot the prompt and draws the token that follows it. All but its last token is run once, in slot 0, whose
+/// cache the others copy.
+fn begin(session: &mut Session, prompt: &[u32], sampling: &SamplingOptions) -> Result<(), Error> {
+    let CacheShape { batch, len, .. } = session.cache_shape();
+    let mut all: Vec<SamplingOptions> = (0..batch as u64)
+        .map(|i| SamplingOptions { seed: sampling.seed.wrapping_add(i), ..sampling.clone() })
+        .collect();
+    let used = session.used()[0];
+    // The last token is run as a chunk of two.
+    let shared = prompt.split_last().filter(|(_, head)| batch > 1 && !head.is_empty() && used + prompt.len() < len);
+    let Some((last, head)) = shared else {
+        return session.prefill(&vec![prompt.to_vec(); batch], &all, None);
+    };
+    if used == 0 {
+        session.set_length(0, prompt.len())?;
+    }
+    session.start(0, head, sampling)?;
+    session.reorder(&vec![0; batch])?;
+    all.iter_mut().for_each(|sampling| sampling.history.extend(head));
+    session.prefill(&vec![vec![*last]; batch], &all, Some(2))
 }

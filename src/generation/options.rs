@@ -14,6 +14,9 @@ pub struct SamplingOptions {
     pub top_p: f32,
     /// Keep ids at least this likely relative to the most likely one, 0 ≤ p ≤ 1.
     pub min_p: f32,
+    /// Keep the ids whose surprise is nearest to the entropy, until their probability reaches p, 0 < p ≤ 1 (locally typical
+    /// sampling, Meister et al. 2023); 1 is off.
+    pub typical_p: f32,
     /// Divides (or multiplies, if negative) the logits of ids seen in prompt or output; 1 is off.
     pub repetition_penalty: f32,
     /// Subtracted once from ids already generated; 0 is off.
@@ -24,6 +27,8 @@ pub struct SamplingOptions {
     pub logit_bias: Vec<(u32, f32)>,
     /// Same seed, same text.
     pub seed: u64,
+    /// Give the log-probability of each token drawn, and those of this many most likely ids.
+    pub log_probabilities: Option<usize>,
     /// Ids that stand before the prompt in the same text; the repetition penalty counts them too.
     pub history: Vec<u32>,
 }
@@ -35,11 +40,13 @@ impl Default for SamplingOptions {
             top_k: 0,
             top_p: 1.0,
             min_p: 0.0,
+            typical_p: 1.0,
             repetition_penalty: 1.0,
             presence_penalty: 0.0,
             frequency_penalty: 0.0,
             logit_bias: Vec::new(),
             seed: 0,
+            log_probabilities: None,
             history: Vec::new(),
         }
     }
@@ -50,7 +57,7 @@ pub struct Settings;
 
 impl Settings {
     /// Numbers in a row.
-    pub const LEN: usize = 7;
+    pub const LEN: usize = 8;
     /// Column of the temperature.
     pub const TEMPERATURE: usize = 0;
     /// Column of top-k; the vocabulary size where all are kept.
@@ -65,6 +72,8 @@ impl Settings {
     pub const PRESENCE: usize = 5;
     /// Column of the frequency penalty.
     pub const FREQUENCY: usize = 6;
+    /// Column of typical-p.
+    pub const TYPICAL_P: usize = 7;
 }
 
 impl SamplingOptions {
@@ -78,10 +87,17 @@ impl SamplingOptions {
         check(t.is_finite() && t >= 0.0, "temperature", "a number of at least 0 (0 is greedy)", t)?;
         check(self.top_p > 0.0 && self.top_p <= 1.0, "top-p", "above 0 and at most 1", self.top_p)?;
         check((0.0..=1.0).contains(&self.min_p), "min-p", "between 0 and 1", self.min_p)?;
+        check(self.typical_p > 0.0 && self.typical_p <= 1.0, "typical-p", "above 0 and at most 1", self.typical_p)?;
         let r = self.repetition_penalty;
         check(r.is_finite() && r > 0.0, "repetition-penalty", "a number above 0 (1 is off)", r)?;
         check(self.presence_penalty.is_finite(), "presence-penalty", "a finite number", self.presence_penalty)?;
         check(self.frequency_penalty.is_finite(), "frequency-penalty", "a finite number", self.frequency_penalty)?;
+        if let Some(n) = self.log_probabilities
+            && n > vocab
+        {
+            let what = format!("must be at most {vocab}, the ids of the model, found {n}");
+            return Err(Error::Option { name: "logprobs".into(), what });
+        }
         for &(id, bias) in &self.logit_bias {
             check(
                 !bias.is_nan() && bias < f32::INFINITY,
@@ -100,8 +116,10 @@ impl SamplingOptions {
     pub fn spec(&self) -> SamplerSpec {
         SamplerSpec {
             random: self.temperature > 0.0,
+            typical: self.temperature > 0.0 && self.typical_p < 1.0,
             penalties: self.repetition_penalty != 1.0 || self.presence_penalty != 0.0 || self.frequency_penalty != 0.0,
             bias: !self.logit_bias.is_empty(),
+            log_probabilities: self.log_probabilities,
         }
     }
 
@@ -118,6 +136,7 @@ impl SamplingOptions {
             self.repetition_penalty,
             self.presence_penalty,
             self.frequency_penalty,
+            self.typical_p,
         ]
     }
 }

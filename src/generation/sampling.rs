@@ -1,7 +1,7 @@
-//! Sampling as a part of the graph: penalties, temperature, top-k, top-p, min-p, and the draw itself.
+//! Sampling as a part of the graph: penalties, temperature, top-k, top-p, min-p, typical-p, and the draw itself.
 //!
-//! Nothing is sorted: the cut of top-k and of top-p is found by bisection over the bits of the logits, which is exact,
-//! costs 32 reductions over V, and stays a reduction when the vocabulary is sharded. Values that tie with the cut stay
+//! Nothing is sorted: the cut of top-k, top-p and typical-p is found by bisection over the bits of what orders the ids,
+//! which is exact, costs 32 reductions over V, and stays a reduction when the vocabulary is sharded. Values that tie with the cut stay
 //! in, as they do in `transformers`' top-k.
 
 use xla::DType;
@@ -14,10 +14,14 @@ use super::options::Settings;
 pub struct SamplerSpec {
     /// Draw at random; otherwise the largest logit wins (the lowest id among equals).
     pub random: bool,
+    /// Keep locally typical ids only.
+    pub typical: bool,
     /// Repetition, presence and frequency penalties.
     pub penalties: bool,
     /// A bias (V) is added to the logits.
     pub bias: bool,
+    /// How many of the most likely ids come back with their log-probabilities, beside that of the id drawn.
+    pub log_probabilities: Option<usize>,
 }
 
 /// The sampler's arguments. Optional ones are declared where the spec asks for them.
@@ -33,6 +37,8 @@ pub struct SamplerArgs {
     pub output_counts: Option<Tensor>,
     /// Added to the logits before anything else, (B, V) f32.
     pub bias: Option<Tensor>,
+    /// Whether some slot keeps typical ids only; it is no argument.
+    pub typical: bool,
 }
 
 impl SamplerArgs {
@@ -45,6 +51,7 @@ impl SamplerArgs {
             prompt_counts: arg(spec.penalties, "sampler/prompt_counts", DType::I32, &[batch, vocab]),
             output_counts: arg(spec.penalties, "sampler/output_counts", DType::I32, &[batch, vocab]),
             bias: arg(spec.bias, "sampler/bias", DType::F32, &[batch, vocab]),
+            typical: spec.typical,
         }
     }
 
@@ -84,8 +91,8 @@ fn penalise(logits: &Tensor, prompt: &Tensor, output: &Tensor, args: &SamplerArg
     logits - counts * row(Settings::FREQUENCY) - generated.cast(DType::F32) * row(Settings::PRESENCE)
 }
 
-/// Temperature, filters (top-k, then top-p of what is left, then min-p), and a draw by inverting the cumulative
-/// distribution.
+/// Temperature, filters (top-k, then top-p of what is left, then min-p, then typical-p of what is left: the order of
+/// `transformers`), and a draw by inverting the cumulative distribution.
 #[track_caller]
 fn draw(logits: &Tensor, seed: &Tensor, position: &Tensor, args: &SamplerArgs) -> Tensor {
     let row = |i| args.setting(i).expect("settings come with a seed");
@@ -101,8 +108,12 @@ fn draw(logits: &Tensor, seed: &Tensor, position: &Tensor, args: &SamplerArgs) -
     let target = prob.sum_keep(&[1]) * row(Settings::TOP_P);
     let kept = at_least(&keys, &cut(&keys, &prob, &target));
     // The largest value of `prob` is 1, so min-p compares directly.
-    let kept = &kept & prob.ge(&row(Settings::MIN_P).broadcast_to(&shape));
-    let prob = kept.select(&prob, 0.0);
+    let mut kept = &kept & prob.ge(&row(Settings::MIN_P).broadcast_to(&shape));
+    let mut prob = kept.select(&prob, 0.0);
+    if args.typical {
+        kept = kept & typical(&prob, &row(Settings::TYPICAL_P));
+        prob = kept.select(&prob, 0.0);
+    }
 
     let cumulative = prob.cumsum(1);
     let total = cumulative.narrow(1, shape[1] - 1, 1);
@@ -110,6 +121,24 @@ fn draw(logits: &Tensor, seed: &Tensor, position: &Tensor, args: &SamplerArgs) -
     // The first id whose cumulative mass passes the target, of those kept: sums in another order may pass it earlier.
     let passed = &kept & cumulative.gt(&target);
     (kept.cast(DType::F32) + passed.cast(DType::F32)).argmax(1)
+}
+
+/// The locally typical ids (Meister et al. 2023): those whose surprise −ln q is nearest to the entropy H of q, until their
+/// mass reaches p, with all that tie with the last. `weights` (B, V) f32, q times any number; `p` (B, 1), 1 keeps
+/// all → (B, V) bool.
+#[track_caller]
+pub fn typical(weights: &Tensor, p: &Tensor) -> Tensor {
+    let shape = weights.shape();
+    let total = weights.sum_keep(&[1]);
+    let q = weights / total.broadcast_to(shape);
+    let possible = q.gt(0.0);
+    let surprise = possible.select(&-q.log(), 0.0);
+    let entropy = (&q * &surprise).sum_keep(&[1]);
+    // Distances are not negative, so their bits order as they do; the nearest has the largest key.
+    let distance = (surprise - entropy.broadcast_to(shape)).abs();
+    let keys = !possible.select(&distance, f64::INFINITY).bitcast(DType::U32);
+    let kept = at_least(&keys, &cut(&keys, weights, &(total * p)));
+    kept | p.ge(1.0).broadcast_to(shape)
 }
 
 /// One number in [0, 1) per slot, (B, 1) f32, from Threefry with key (seed, position): 23 bits, so that it times a
@@ -158,4 +187,37 @@ fn cut(keys: &Tensor, weights: &Tensor, target: &Tensor) -> Tensor {
         },
     );
     state[1].clone()
+}
+
+/// ln softmax over the last axis, (B, V) f32.
+#[track_caller]
+pub fn log_softmax(logits: &Tensor) -> Tensor {
+    let shifted = logits - logits.max_keep(&[-1]).broadcast_to(logits.shape());
+    let total = shifted.exp().sum_keep(&[-1]).log();
+    &shifted - total.broadcast_to(logits.shape())
+}
+
+/// The `count` largest of each row of (B, V), falling, the lowest id first among equals: ids and values, (B, n) each.
+#[track_caller]
+pub fn best(values: &Tensor, count: usize) -> (Tensor, Tensor) {
+    /// So many passes over V cost less than sorting it.
+    const PASSES: usize = 32;
+    let (g, b) = (values.graph(), values.dim(0));
+    if count > PASSES {
+        let (values, ids) = values.top_k(count);
+        return (ids, values);
+    }
+    if count == 0 {
+        return (g.full(0i64, DType::I32, &[b, 0]), g.full(0.0, DType::F32, &[b, 0]));
+    }
+    let id = g.iota(DType::I32, values.shape(), 1);
+    let mut left = values.clone();
+    let (mut ids, mut found) = (Vec::new(), Vec::new());
+    for _ in 0..count {
+        let best = left.argmax(1).reshape(&[b, 1]);
+        found.push(values.take_along(&best, 1));
+        left = id.eq(&best.broadcast_to(left.shape())).select(f64::NEG_INFINITY, &left);
+        ids.push(best);
+    }
+    (g.concatenate(&ids.iter().collect::<Vec<_>>(), 1), g.concatenate(&found.iter().collect::<Vec<_>>(), 1))
 }

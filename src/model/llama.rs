@@ -3,104 +3,140 @@
 use xla::DType;
 use xla::graph::{Tensor, einsum_as};
 
-use super::attention::{Mask, attention};
+use super::attention::attention;
 use super::mlp::mlp;
+use super::moe::moe;
 use super::rms_norm::rms_norm;
-use super::rope::{Rope, rope};
-use crate::config::ModelConfig;
-use crate::kv_cache::{KvCache, LayerCache};
-use crate::params::{DecoderBlock, Llama};
+use super::rope::{Rope, ropes};
+use crate::config::{LayerConfig, ModelConfig};
+use crate::kv_cache::{CacheShape, KvCache, LayerCache, Layout, Place};
+use crate::params::{DecoderBlock, FeedForward, Llama};
 
 const RESIDUAL: [&str; 3] = ["batch", "sequence", "embed"];
 
-/// Runs S new tokens of each slot through the decoder. `tokens`: (B, S) i32; `position`: (B) i32, the cache position
-/// of each slot's first new token; `read_len`: how many cache positions attention reads (at least the last position
-/// written, plus one). Returns the normalised hidden states (B, S, M) in f32 and the updated cache.
+/// Runs S new tokens of each slot through the decoder. `tokens`: (B, S) i32; `frequencies`: those of
+/// [`frequencies`](super::frequencies). Returns the normalised hidden states (B, S, M) in f32 and the updated cache.
 #[track_caller]
 pub fn forward(
     p: &Llama<Tensor>,
     tokens: &Tensor,
-    position: &Tensor,
+    place: &Place,
+    frequencies: &[Tensor],
     cache: &KvCache<Tensor>,
-    read_len: usize,
+    shape: &CacheShape,
     cfg: &ModelConfig,
 ) -> (Tensor, KvCache<Tensor>) {
     let g = tokens.graph();
-    let shape = [tokens.dim(0), tokens.dim(1)];
-    let positions = position.broadcast(&shape, &[0]) + g.iota(DType::I32, &shape, 1);
-    let rope = rope(&positions, cfg);
-    let mask = Mask::causal(&positions, position, read_len);
+    let ropes = ropes(&place.positions, frequencies, cfg);
 
-    let mut x = p.embedding.take(tokens, 0).cast(DType::F32).shard(RESIDUAL).named("embedding");
-    let mut layers = Vec::with_capacity(cfg.n_layers);
-    for (i, (block, layer)) in p.layers.iter().zip(&cache.layers).enumerate() {
-        let _scope = g.scope(&format!("layers.{i}"));
-        let (out, layer) = call_block(block, &x, &rope, &mask, layer, cfg);
-        x = out.named("out");
-        layers.push(layer);
+    let mut x = p.embedding.take(tokens, 0).cast(DType::F32);
+    if cfg.embedding_scale != 1.0 {
+        // rounded to the parameters' type, as the checkpoint was trained
+        let scale = g.scalar(cfg.embedding_scale, p.embedding.dtype()).cast(DType::F32);
+        x = &x * scale.broadcast(x.shape(), &[]);
     }
-    (rms_norm(&x, &p.final_norm, cfg.rms_norm_eps).named("final_norm"), KvCache { layers })
+    x = x.shard(RESIDUAL).named("embedding");
+    let mut layers = Vec::with_capacity(cfg.n_layers);
+    for (i, layer) in cfg.layers.iter().enumerate() {
+        let _scope = g.scope(&format!("layers.{i}"));
+        let rope = layer.rope.map(|rope| &ropes[rope]);
+        let (out, cache) = call_block(&p.layers[i], &x, rope, place, &cache.layers[i], shape.layout(layer), layer, cfg);
+        x = out.named("out");
+        layers.push(cache);
+    }
+    (rms_norm(&x, &p.final_norm, cfg).named("final_norm"), KvCache { layers })
 }
 
-/// The block as a function of the module, traced once and called L times: small text, and the fastest form measured.
+/// The block as a function of the module, traced once for each kind of layer and called L times: small text, and the
+/// fastest form measured.
 #[track_caller]
+#[expect(clippy::too_many_arguments, reason = "what a layer is given, each by its name")]
 fn call_block(
     p: &DecoderBlock<Tensor>,
     x: &Tensor,
-    rope: &Rope,
-    mask: &Mask,
+    rope: Option<&Rope>,
+    place: &Place,
     cache: &LayerCache<Tensor>,
+    layout: Layout,
+    layer: &LayerConfig,
     cfg: &ModelConfig,
 ) -> (Tensor, LayerCache<Tensor>) {
-    let mut inputs = vec![x, &rope.cos, &rope.sin, &mask.visible, &mask.position, &cache.k, &cache.v];
+    let mut inputs = vec![x, &place.positions, &place.first];
+    inputs.extend(place.valid.iter().chain(&place.table));
+    inputs.extend(rope.iter().flat_map(|rope| [&rope.cos, &rope.sin]));
+    inputs.extend(&cache.arrays);
     inputs.extend(p.iter());
-    let outputs = x.graph().call("decoder_block", &inputs, |args| {
-        let [x, cos, sin, visible, position, k, v, leaves @ ..] = args else {
-            unreachable!("a function gets as many arguments as it was called with");
+    let outputs = x.graph().call(&block_name(layer, layout), &inputs, |args| {
+        let mut args = args.iter().cloned();
+        let mut next = || args.next().expect("a function gets as many arguments as it was called with");
+        let x = next();
+        let place = Place {
+            positions: next(),
+            first: next(),
+            valid: place.valid.as_ref().map(|_| next()),
+            table: place.table.as_ref().map(|_| next()),
+            read_len: place.read_len,
         };
-        let mut leaves = leaves.iter().cloned();
-        let p = p.as_ref().map(&mut |_| leaves.next().expect("one argument per parameter"));
-        let rope = Rope { cos: cos.clone(), sin: sin.clone() };
-        let mask = Mask { visible: visible.clone(), position: position.clone() };
-        let cache = LayerCache { k: k.clone(), v: v.clone() };
-        let (x, cache) = decoder_block(&p, x, &rope, &mask, &cache, cfg);
-        vec![x, cache.k, cache.v]
+        let rope = rope.map(|_| Rope { cos: next(), sin: next() });
+        let cache = LayerCache { arrays: cache.arrays.iter().map(|_| next()).collect() };
+        let p = p.as_ref().map(&mut |_| next());
+        let (x, cache) = decoder_block(&p, &x, rope.as_ref(), &place, &cache, layout, cfg);
+        std::iter::once(x).chain(cache.arrays).collect()
     });
-    match &outputs[..] {
-        [x, k, v] => (x.clone(), LayerCache { k: k.clone(), v: v.clone() }),
-        _ => unreachable!("the block returns x, k and v"),
-    }
+    let (x, arrays) = outputs.split_first().expect("the block returns x and its cache");
+    (x.clone(), LayerCache { arrays: arrays.to_vec() })
 }
 
-/// One pre-norm block: attention, then the feed-forward, each added to the residual stream (B, S, M), f32.
+/// What tells one kind of layer from another: `decoder_block`, `decoder_block_window512_nope`, ….
+fn block_name(layer: &LayerConfig, layout: Layout) -> String {
+    let window = if let Layout::Ring { window } = layout { format!("_window{window}") } else { String::new() };
+    let rope = match layer.rope {
+        Some(0) => String::new(),
+        Some(i) => format!("_rope{i}"),
+        None => "_nope".into(),
+    };
+    format!("decoder_block{window}{rope}{}", if layer.sparse { "_experts" } else { "" })
+}
+
+/// One block: attention, then the feed-forward, each added to the residual stream (B, S, M), f32. Norms stand before
+/// them, after them, or both, as the tree has it.
 #[track_caller]
 pub fn decoder_block(
     p: &DecoderBlock<Tensor>,
     x: &Tensor,
-    rope: &Rope,
-    mask: &Mask,
+    rope: Option<&Rope>,
+    place: &Place,
     cache: &LayerCache<Tensor>,
+    layout: Layout,
     cfg: &ModelConfig,
 ) -> (Tensor, LayerCache<Tensor>) {
     let g = x.graph();
-    let h = rms_norm(x, &p.input_norm, cfg.rms_norm_eps).named("input_norm");
+    let norm = |x: Tensor, weight: &Option<Tensor>, name: &str| match weight {
+        Some(weight) => rms_norm(&x, weight, cfg).named(name),
+        None => x,
+    };
+    let h = norm(x.clone(), &p.input_norm, "input_norm");
     let (h, cache) = {
         let _scope = g.scope("attention");
-        attention(&p.attention, &h, rope, mask, cache, cfg)
+        attention(&p.attention, &h, rope, place, cache, layout, cfg)
     };
-    let x = (x + &h).shard(RESIDUAL);
+    let x = (x + norm(h, &p.attn_out_norm, "attn_out_norm")).shard(RESIDUAL);
 
-    let h = rms_norm(&x, &p.post_attn_norm, cfg.rms_norm_eps).named("post_attn_norm");
+    let h = norm(x.clone(), &p.post_attn_norm, "post_attn_norm");
     let h = {
         let _scope = g.scope("mlp");
-        mlp(&p.mlp, &h, cfg).named("out")
+        match &p.feed_forward {
+            FeedForward::Dense(p) => mlp(p, &h, cfg),
+            FeedForward::Experts(p) => moe(p, &h, cfg),
+        }
+        .named("out")
     };
-    ((&x + &h).shard(RESIDUAL), cache)
+    ((&x + norm(h, &p.mlp_out_norm, "mlp_out_norm")).shard(RESIDUAL), cache)
 }
 
 /// Logits (B, S, V) in f32 of normalised hidden states (B, S, M); a tied head reads the embedding (V, M).
 #[track_caller]
-pub fn lm_head(p: &Llama<Tensor>, hidden: &Tensor) -> Tensor {
+pub fn lm_head(p: &Llama<Tensor>, hidden: &Tensor, cfg: &ModelConfig) -> Tensor {
     let rows = hidden.dim(0) * hidden.dim(1);
     let weight = p.lm_head.as_ref().unwrap_or(&p.embedding);
     let hidden = hidden.cast(weight.dtype());
@@ -109,6 +145,10 @@ pub fn lm_head(p: &Llama<Tensor>, hidden: &Tensor) -> Tensor {
         // XLA:CPU transposes the right side of a one-row product in memory, the whole embedding at every step.
         None if rows == 1 => einsum_as("VM,BSM->BSV", &p.embedding, &hidden, DType::F32),
         None => einsum_as("BSM,VM->BSV", &hidden, &p.embedding, DType::F32),
+    };
+    let logits = match cfg.logit_softcap {
+        Some(cap) => (logits / cap).tanh() * cap,
+        None => logits,
     };
     logits.shard(["batch", "sequence", "vocab"]).named("logits")
 }

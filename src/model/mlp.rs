@@ -16,7 +16,7 @@ pub fn mlp(p: &Mlp<Tensor>, x: &Tensor, cfg: &ModelConfig) -> Tensor {
 }
 
 #[track_caller]
-fn activation(x: &Tensor, act: Activation) -> Tensor {
+pub(super) fn activation(x: &Tensor, act: Activation) -> Tensor {
     match act {
         Activation::Silu => x.silu(),
         Activation::Gelu => x.gelu(),

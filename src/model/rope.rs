@@ -1,11 +1,17 @@
 //! Rotary position embedding (Su et al. 2021), in the half-split form of Hugging Face checkpoints.
+//!
+//! Where the frequencies depend on the length of the text (dynamic NTK, longrope), they are those that transformers uses
+//! for one prefill of the prompt, for all of its chunks. Decode keeps them past that length: the keys in the
+//! cache were rotated with them, and only angles of the same frequencies differ by the distance of two positions.
+//! transformers recomputes them at every length for dynamic NTK, and leaves the older keys as they are.
 
 use xla::DType;
-use xla::graph::Tensor;
+use xla::graph::{Graph, Tensor};
 
-use crate::config::ModelConfig;
+use crate::config::{self, ModelConfig};
 
-/// cos and sin of the angle of every position, (B, S, K/2) each, f32: computed once, used by all layers.
+/// cos and sin of the angle of every position, (B, S, D/2) each, f32, D the elements of a head that turn: computed once, used by
+/// all layers.
 #[derive(Clone, Debug)]
 pub struct Rope {
     /// cos(position · inverse frequency).
@@ -14,24 +20,48 @@ pub struct Rope {
     pub sin: Tensor,
 }
 
-/// The angles of `positions` (B, S), i32.
+/// The frequencies of each slot, (B, D/2) f32 for each of the model's embeddings: constants, or arguments of the graph
+/// where they depend on the length of the text.
 #[track_caller]
-pub fn rope(positions: &Tensor, cfg: &ModelConfig) -> Rope {
-    let (b, s, half) = (positions.dim(0), positions.dim(1), cfg.head_dim / 2);
-    let inv_freq: Vec<f32> = cfg.rope.inv_freq(cfg.head_dim).iter().map(|&f| f as f32).collect();
-    let inv_freq = positions.graph().constant(&inv_freq, &[half]);
-    let angle = positions.cast(DType::F32).broadcast(&[b, s, half], &[0, 1]) * inv_freq.broadcast(&[b, s, half], &[2]);
-    Rope { cos: angle.cos().named("rope_cos"), sin: angle.sin().named("rope_sin") }
+pub fn frequencies(g: &Graph, batch: usize, cfg: &ModelConfig) -> Vec<Tensor> {
+    let one = |(i, rope): (usize, &config::Rope)| {
+        let half = rope.dim / 2;
+        match rope.depends_on_length() {
+            true => g.arg(&format!("rope/{i}"), DType::F32, &[batch, half]),
+            false => g.constant(&rope.inv_freq(0), &[half]).broadcast(&[batch, half], &[1]),
+        }
+    };
+    cfg.ropes.iter().enumerate().map(one).collect()
+}
+
+/// The angles of `positions` (B, S), i32, for each of the model's embeddings.
+#[track_caller]
+pub fn ropes(positions: &Tensor, frequencies: &[Tensor], cfg: &ModelConfig) -> Vec<Rope> {
+    let one = |(i, (rope, frequency)): (usize, (&config::Rope, &Tensor))| {
+        let shape = [positions.dim(0), positions.dim(1), rope.dim / 2];
+        let angle = positions.cast(DType::F32).broadcast(&shape, &[0, 1]) * frequency.broadcast(&shape, &[0, 2]);
+        let (mut cos, mut sin) = (angle.cos(), angle.sin());
+        if rope.attention_factor() != 1.0 {
+            (cos, sin) = (cos * rope.attention_factor(), sin * rope.attention_factor());
+        }
+        Rope { cos: cos.named(&format!("rope_cos.{i}")), sin: sin.named(&format!("rope_sin.{i}")) }
+    };
+    cfg.ropes.iter().zip(frequencies).enumerate().map(one).collect()
 }
 
 impl Rope {
-    /// Rotates (x₁, x₂), the halves of the last axis: (x₁·cos − x₂·sin, x₂·cos + x₁·sin). `x`: (B, S, H or G, K), f32.
+    /// Rotates (x₁, x₂), the halves of the first D elements of the last axis, and leaves the rest:
+    /// (x₁·cos − x₂·sin, x₂·cos + x₁·sin, rest). `x`: (B, S, H or G, K), f32.
     #[track_caller]
     pub fn rotate(&self, x: &Tensor) -> Tensor {
-        let half = x.dim(-1) / 2;
+        let half = self.cos.dim(-1);
         let (x1, x2) = (x.narrow(-1, 0, half), x.narrow(-1, half, half));
         let cos = self.cos.broadcast(x1.shape(), &[0, 1, 3]);
         let sin = self.sin.broadcast(x1.shape(), &[0, 1, 3]);
-        x.graph().concatenate(&[&(&x1 * &cos - &x2 * &sin), &(&x2 * &cos + &x1 * &sin)], -1)
+        let (y1, y2) = (&x1 * &cos - &x2 * &sin, &x2 * &cos + &x1 * &sin);
+        match x.dim(-1) - 2 * half {
+            0 => x.graph().concatenate(&[&y1, &y2], -1),
+            rest => x.graph().concatenate(&[&y1, &y2, &x.narrow(-1, 2 * half, rest)], -1),
+        }
     }
 }

@@ -7,15 +7,36 @@ use std::time::{Duration, Instant};
 
 use converter::Checkpoint;
 use xla::DType;
-use xla::graph::Graph;
 use xla::pjrt::{Buffer, Client, CompileOptions, Device, LoadedExecutable, OptionOverride, Plugin};
 
 use super::exec_cache::{ExecutableCache, Origin};
-use super::program::{self, StepSpec};
+use super::program::{self, CacheProgram, StepSpec};
 use crate::Error;
 use crate::config::ModelConfig;
-use crate::kv_cache::CacheShape;
+use crate::kv_cache::{CacheShape, Pages};
 use crate::params::{self, Llama, Param};
+
+/// How sessions keep their cache.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct CacheOptions {
+    /// Element type; that of the parameters if `None`. int8 has a scale for each position and head.
+    pub dtype: Option<DType>,
+    /// Keep layers with full attention in pages of so many positions, which slots share; otherwise each slot has its own array.
+    pub page_size: Option<usize>,
+    /// Pages in the pool; enough for all slots if `None`.
+    pub pages: Option<usize>,
+}
+
+impl CacheOptions {
+    /// A cache of `batch` slots of at least `len` positions, of parameters in `dtype`.
+    pub fn shape(&self, batch: usize, mut len: usize, dtype: DType) -> CacheShape {
+        let pages = self.page_size.map(|size| {
+            len = len.next_multiple_of(size);
+            Pages { size, count: self.pages.unwrap_or(batch * len / size) }
+        });
+        CacheShape { batch, len, dtype: self.dtype.unwrap_or(dtype), pages }
+    }
+}
 
 /// A model, ready to run.
 pub struct Engine {
@@ -26,8 +47,10 @@ pub struct Engine {
     declared: Llama<Param>,
     params: Vec<Buffer>,
     dtype: DType,
+    cache_options: CacheOptions,
     executables: ExecutableCache,
     programs: Mutex<HashMap<StepSpec, Arc<Program>>>,
+    cache_programs: Mutex<HashMap<(CacheProgram, CacheShape), Arc<LoadedExecutable>>>,
     compiled: Mutex<CompileStats>,
 }
 
@@ -75,7 +98,9 @@ impl Engine {
             declared: checkpoint.params().clone(),
             params,
             dtype,
+            cache_options: CacheOptions::default(),
             programs: Mutex::default(),
+            cache_programs: Mutex::default(),
             compiled: Mutex::default(),
         })
     }
@@ -85,7 +110,18 @@ impl Engine {
         &self.cfg
     }
 
-    /// The type of parameters and cache.
+    /// The same engine with caches kept as `options` say.
+    pub fn with_cache(mut self, options: CacheOptions) -> Engine {
+        self.cache_options = options;
+        self
+    }
+
+    /// How its sessions keep their cache.
+    pub fn cache_options(&self) -> CacheOptions {
+        self.cache_options
+    }
+
+    /// The type of the parameters, and of caches unless [`CacheOptions`] name another.
     pub fn dtype(&self) -> DType {
         self.dtype
     }
@@ -112,7 +148,7 @@ impl Engine {
 
     /// Bytes of all parameters as they are on the device.
     pub fn weight_bytes(&self) -> u64 {
-        self.declared.iter().iter().map(|p| (p.elements() * self.dtype.size()) as u64).sum()
+        self.declared.iter().iter().map(|p| (p.elements() * params::device_dtype(p, self.dtype).size()) as u64).sum()
     }
 
     /// What compiling has cost so far.
@@ -145,17 +181,16 @@ impl Engine {
         done
     }
 
-    /// A cache of zeros, in the order of [`crate::kv_cache::KvCache::iter`]. Zeros, because a masked position still takes
-    /// part in a product, where 0 · NaN is NaN.
-    pub fn new_cache(&self, shape: CacheShape) -> Result<Vec<Buffer>, Error> {
-        let g = Graph::new("new_cache");
-        let dims = shape.dims(&self.cfg);
-        for i in 0..self.cfg.n_layers {
-            g.output(&format!("cache/{i}/k"), &g.full(0.0, shape.dtype, &dims));
-            g.output(&format!("cache/{i}/v"), &g.full(0.0, shape.dtype, &dims));
+    /// A program over a cache alone, with its arguments and results in the order of [`crate::kv_cache::KvCache::iter`].
+    pub fn cache_program(&self, program: CacheProgram, shape: CacheShape) -> Result<Arc<LoadedExecutable>, Error> {
+        if let Some(found) = lock(&self.cache_programs).get(&(program, shape)) {
+            return Ok(found.clone());
         }
-        let executable = self.compile(&g.finish()?.stablehlo(), Instant::now())?;
-        Ok(executable.execute(&[])?)
+        let started = Instant::now();
+        let module = program::build_cache_program(program, shape, &self.cfg)?;
+        let executable = Arc::new(self.compile(&module.stablehlo(), started)?);
+        lock(&self.cache_programs).insert((program, shape), executable.clone());
+        Ok(executable)
     }
 
     fn compile(&self, text: &str, started: Instant) -> Result<LoadedExecutable, Error> {

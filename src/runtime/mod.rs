@@ -6,7 +6,7 @@ mod exec_cache;
 mod program;
 mod session;
 
-pub use engine::{CompileStats, Engine, Program, compile_options};
+pub use engine::{CacheOptions, CompileStats, Engine, Program, compile_options};
 pub use exec_cache::hex;
 pub use program::{Output, StepSpec, build};
-pub use session::{CHUNKS, Session, TokenRead, cache_len, chunked_logits};
+pub use session::{Best, CHUNKS, Drawn, Session, TokenRead, cache_len, chunked_logits};

@@ -6,16 +6,24 @@ use xla::graph::{Graph, Module, Tensor};
 
 use crate::Error;
 use crate::config::ModelConfig;
-use crate::generation::sampling::{SamplerArgs, SamplerSpec, sample};
-use crate::kv_cache::{CacheShape, KvCache};
+use crate::generation::sampling::{SamplerArgs, SamplerSpec, best, log_softmax, sample};
+use crate::kv_cache::{CacheShape, KvCache, Layout, Place};
 use crate::model;
 use crate::params::{self, Llama, Param};
 
 /// What a step gives back besides the cache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Output {
-    /// The sampled next token (B, 1) and the next position (B).
+    /// The sampled next token (B, 1) and the next position (B), then the log-probabilities that the spec asks for.
     Token(SamplerSpec),
+    /// After the last token that counts: the `count` most likely ids (B, n) i32 and their log-probabilities (B, n) f32, and if
+    /// `hidden`, the hidden states of all S positions (B, S, M) f32. For searches, whose next tokens the host chooses.
+    Best {
+        /// n.
+        count: usize,
+        /// Whether hidden states are wanted.
+        hidden: bool,
+    },
     /// Logits of all S positions, (B, S, V) f32.
     Logits,
     /// Logits and every named value of the model, for comparison with goldens.
@@ -25,16 +33,12 @@ pub enum Output {
 /// A program, by everything that shapes it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct StepSpec {
-    /// B.
-    pub batch: usize,
     /// S: tokens per slot in one run. 1 with [`Output::Token`] is the decode step.
     pub tokens: usize,
-    /// T: cache positions per slot.
-    pub cache_len: usize,
-    /// Cache positions that attention reads.
+    /// The cache it runs on.
+    pub cache: CacheShape,
+    /// Cache positions that attention reads where all are kept.
     pub read_len: usize,
-    /// Type of the cache.
-    pub cache_dtype: DType,
     /// What comes back.
     pub output: Output,
 }
@@ -44,40 +48,57 @@ impl StepSpec {
     pub fn is_decode(&self) -> bool {
         self.tokens == 1 && matches!(self.output, Output::Token(_))
     }
-
-    /// The cache it runs on.
-    pub fn cache(&self) -> CacheShape {
-        CacheShape { batch: self.batch, len: self.cache_len, dtype: self.cache_dtype }
-    }
 }
 
 /// Builds the step as a module.
 ///
-/// Arguments: parameters (in declaration order), cache (donated), tokens (B, S), position (B); prefill with
-/// [`Output::Token`] adds `valid` (B), how many of the S tokens count, `last` (B), 1 where the prompt ends here, and
-/// `token` (B, 1), kept where it does not; then the sampler's. Results: cache, then what [`Output`] says, tokens and
-/// positions first, the sampler's counts last.
+/// Arguments: parameters (in declaration order), cache (donated), tokens (B, S), position (B), the table of pages (B, N) where the
+/// cache is paged, and frequencies where they depend on the length of the text; all but decode add `valid` (B), how many
+/// of the S tokens count. Prefill with [`Output::Token`] adds `last` (B), 1 where the prompt ends here, and `token` (B, 1), kept
+/// where it does not; then the sampler's. Results: cache, then what [`Output`] says, tokens and positions first, the
+/// sampler's counts last.
 pub fn build(spec: &StepSpec, params: &Llama<Param>, dtype: DType, cfg: &ModelConfig) -> Result<Module, Error> {
     let name = match spec.output {
         Output::Token(_) if spec.is_decode() => "decode",
         Output::Token(_) => "prefill",
+        Output::Best { .. } => "search",
         Output::Logits => "logits",
         Output::Activations => "activations",
     };
     let g = Graph::new(name);
     g.inline_calls(spec.output == Output::Activations);
     let p = params::declare_args(&g, params, dtype);
-    let cache = KvCache::declare(&g, spec.cache(), cfg);
-    let tokens = g.arg("tokens", DType::I32, &[spec.batch, spec.tokens]);
-    let position = g.arg("position", DType::I32, &[spec.batch]);
-    let step = Step { spec, p: &p, tokens, position, cfg };
+    let cache = KvCache::declare(&g, spec.cache, cfg);
+    let (b, s) = (spec.cache.batch, spec.tokens);
+    let tokens = g.arg("tokens", DType::I32, &[b, s]);
+    let first = g.arg("position", DType::I32, &[b]);
+    let place = Place {
+        positions: first.broadcast(&[b, s], &[0]) + g.iota(DType::I32, &[b, s], 1),
+        table: spec.cache.pages.map(|_| g.arg("table", DType::I32, &[b, spec.cache.table_len()])),
+        read_len: spec.read_len,
+        valid: None,
+        first,
+    };
+    let frequencies = model::frequencies(&g, b, cfg);
+    let place = Place { valid: (!spec.is_decode()).then(|| g.arg("valid", DType::I32, &[b])), ..place };
+    let step = Step { spec, p: &p, tokens, place, frequencies, cache, cfg };
 
     match spec.output {
-        Output::Token(sampler) => step.token(&g, &cache, sampler),
+        Output::Token(sampler) => step.token(&g, sampler),
+        Output::Best { count, hidden } => {
+            let states = step.forward(&g);
+            let last = step.last(&states);
+            let logits = model::lm_head(&p, &last, cfg).reshape(&[b, cfg.vocab_size]);
+            let (ids, log_probabilities) = best(&log_softmax(&logits), count);
+            g.output("ids", &ids);
+            g.output("log_probabilities", &log_probabilities);
+            if hidden {
+                g.output("hidden", &states);
+            }
+        }
         Output::Logits | Output::Activations => {
-            let (hidden, new) = model::forward(&p, &step.tokens, &step.position, &cache, spec.read_len, cfg);
-            step.output_cache(&g, &cache, &new);
-            g.output("logits", &model::lm_head(&p, &hidden));
+            let hidden = step.forward(&g);
+            g.output("logits", &model::lm_head(&p, &hidden, cfg));
             if spec.output == Output::Activations {
                 for (name, value) in g.taps().into_iter().filter(|(name, _)| name != "logits") {
                     g.output(&name, &value);
@@ -92,35 +113,44 @@ struct Step<'a> {
     spec: &'a StepSpec,
     p: &'a Llama<Tensor>,
     tokens: Tensor,
-    position: Tensor,
+    place: Place,
+    frequencies: Vec<Tensor>,
+    cache: KvCache<Tensor>,
     cfg: &'a ModelConfig,
 }
 
 impl Step<'_> {
-    fn output_cache(&self, g: &Graph, old: &KvCache<Tensor>, new: &KvCache<Tensor>) {
-        for (i, (old, new)) in old.layers.iter().zip(&new.layers).enumerate() {
-            g.output_aliased(&format!("cache/{i}/k"), &new.k, &old.k);
-            g.output_aliased(&format!("cache/{i}/v"), &new.v, &old.v);
+    /// Hidden states (B, S, M); the updated cache is given back.
+    fn forward(&self, g: &Graph) -> Tensor {
+        let Step { spec, p, tokens, place, frequencies, cache, cfg } = self;
+        let (hidden, new) = model::forward(p, tokens, place, frequencies, cache, &spec.cache, cfg);
+        for (old, new) in cache.iter().zip(new.iter()) {
+            g.output_aliased(&old.name().unwrap_or_default(), new, old);
+        }
+        hidden
+    }
+
+    /// The states of the last token that counts, (B, 1, M).
+    fn last(&self, hidden: &Tensor) -> Tensor {
+        match &self.place.valid {
+            Some(valid) if self.spec.tokens > 1 => last_row(hidden, valid),
+            _ => hidden.clone(),
         }
     }
 
-    fn token(&self, g: &Graph, cache: &KvCache<Tensor>, sampler: SamplerSpec) {
-        let (b, s) = (self.spec.batch, self.spec.tokens);
-        let prefill = (!self.spec.is_decode()).then(|| Prefill {
-            valid: g.arg("valid", DType::I32, &[b]),
-            last: g.arg("last", DType::I32, &[b]),
-            token: g.arg("token", DType::I32, &[b, 1]),
-        });
+    fn token(&self, g: &Graph, sampler: SamplerSpec) {
+        let b = self.spec.cache.batch;
+        let prefill = (!self.spec.is_decode())
+            .then(|| Prefill { last: g.arg("last", DType::I32, &[b]), token: g.arg("token", DType::I32, &[b, 1]) });
         let args = SamplerArgs::declare(g, sampler, b, self.cfg.vocab_size);
-        let (hidden, new) = model::forward(self.p, &self.tokens, &self.position, cache, self.spec.read_len, self.cfg);
-        self.output_cache(g, cache, &new);
+        let hidden = self.forward(g);
 
         // Only the last position that counts goes through the head.
-        let (hidden, next) = match &prefill {
-            Some(prefill) => (last_row(&hidden, &prefill.valid), &self.position + &prefill.valid),
-            None => (hidden, &self.position + s as i64),
+        let next = match &self.place.valid {
+            Some(valid) => &self.place.first + valid,
+            None => &self.place.first + 1i64,
         };
-        let logits = model::lm_head(self.p, &hidden).reshape(&[b, self.cfg.vocab_size]);
+        let logits = model::lm_head(self.p, &self.last(&hidden), self.cfg).reshape(&[b, self.cfg.vocab_size]);
         let sampled = sample(&logits, &next, &args);
         let token = sampled.reshape(&[b, 1]);
         let token = match &prefill {
@@ -129,6 +159,13 @@ impl Step<'_> {
         };
         g.output("token", &token);
         g.output("position", &next);
+        if let Some(count) = sampler.log_probabilities {
+            let all = log_softmax(&logits);
+            g.output("log_probability", &all.take_along(&token, 1));
+            let (ids, log_probabilities) = best(&all, count);
+            g.output("best_ids", &ids);
+            g.output("best_log_probabilities", &log_probabilities);
+        }
         if let Some(counts) = &args.output_counts {
             let id = g.iota(DType::I32, counts.shape(), 1);
             let mut drawn = id.eq(&token.broadcast_to(counts.shape())).cast(DType::I32);
@@ -141,7 +178,6 @@ impl Step<'_> {
 }
 
 struct Prefill {
-    valid: Tensor,
     last: Tensor,
     token: Tensor,
 }
@@ -158,4 +194,55 @@ fn last_row(hidden: &Tensor, valid: &Tensor) -> Tensor {
         })
         .collect();
     g.concatenate(&rows.iter().collect::<Vec<_>>(), 0)
+}
+
+/// What is done to a cache between steps.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum CacheProgram {
+    /// Makes it, of zeros: a masked position still takes part in a product, where 0 · NaN is NaN.
+    New,
+    /// Slot i becomes a copy of slot `parents[i]`, (B) i32. Pages stay as they are: slots share them.
+    Reorder,
+    /// Page `to[i]` becomes a copy of page `from[i]`, (n) i32 each; a `to` past the last page writes nothing.
+    CopyPages {
+        /// n.
+        count: usize,
+    },
+}
+
+/// Builds a program over the cache alone, which is donated and given back.
+pub fn build_cache_program(program: CacheProgram, shape: CacheShape, cfg: &ModelConfig) -> Result<Module, Error> {
+    let arrays = || {
+        let layers = cfg.layers.iter().enumerate();
+        layers.flat_map(|(i, layer)| {
+            shape.arrays(cfg, layer).into_iter().map(move |array| (i, shape.layout(layer), array))
+        })
+    };
+    let g = Graph::new("cache");
+    if program == CacheProgram::New {
+        for (i, _, (part, dtype, dims)) in arrays() {
+            g.output(&format!("cache/{i}/{part}"), &g.full(0.0, dtype, &dims));
+        }
+        return Ok(g.finish()?);
+    }
+    let old = KvCache::declare(&g, shape, cfg);
+    let index = |name: &str, n: usize| g.arg(name, DType::I32, &[n]);
+    let change: Box<dyn Fn(&Tensor, bool) -> Tensor> = match program {
+        CacheProgram::CopyPages { count } => {
+            let (from, to) = (index("from", count), index("to", count).reshape(&[count, 1]));
+            Box::new(move |array, paged| match paged {
+                true => array.scatter(&to, &array.take(&from, 0), None, false),
+                false => array.clone(),
+            })
+        }
+        _ => {
+            let parents = index("parents", shape.batch);
+            Box::new(move |array, paged| if paged { array.clone() } else { array.take(&parents, 0) })
+        }
+    };
+    for (array, (_, layout, _)) in old.iter().zip(arrays()) {
+        let new = change(array, matches!(layout, Layout::Paged(_)));
+        g.output_aliased(&array.name().unwrap_or_default(), &new, array);
+    }
+    Ok(g.finish()?)
 }

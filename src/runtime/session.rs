@@ -1,14 +1,17 @@
 //! Sequences in progress: the cache of B slots, where each stands, and the steps that move them on.
 
+use std::sync::Arc;
+
 use xla::DType;
 use xla::pjrt::{Buffer, HostData, HostRead};
 
-use super::engine::Engine;
-use super::program::{Output, StepSpec};
+use super::engine::{Engine, Program};
+use super::program::{CacheProgram, Output, StepSpec};
 use crate::Error;
+use crate::config;
 use crate::generation::options::{SamplingOptions, Settings};
 use crate::generation::sampling::SamplerSpec;
-use crate::kv_cache::CacheShape;
+use crate::kv_cache::{CacheShape, Layout, PageCopy, Pages, Slots};
 
 /// The length of a cache with room for `len` positions: coarse steps, so that few programs serve many lengths.
 pub fn cache_len(len: usize) -> usize {
@@ -22,13 +25,18 @@ pub const CHUNKS: [usize; 3] = [512, 128, 32];
 /// Decode reads the cache up to a power of two from here on, so that a long cache costs only what is in it.
 const READ_MIN: usize = 512;
 
-/// B sequences that share programs and cache arrays.
+/// B sequences that share programs and cache arrays. Each slot starts, grows and is freed by itself.
 pub struct Session<'e> {
     engine: &'e Engine,
-    cache_shape: CacheShape,
+    shape: CacheShape,
     cache: Vec<Buffer>,
-    /// Tokens that stand in each slot's cache.
-    used: Vec<usize>,
+    slots: Slots,
+    /// For each slot, the length that set its rotary frequencies.
+    rope_len: Vec<usize>,
+    /// For each rotary embedding that depends on the length, its frequencies (B, D/2).
+    frequencies: Vec<Arc<Buffer>>,
+    /// How the slots that were started draw their tokens.
+    sampling: Vec<Option<SamplingOptions>>,
     state: Option<State>,
 }
 
@@ -37,6 +45,7 @@ struct State {
     spec: SamplerSpec,
     token: Buffer,
     position: Buffer,
+    log_probabilities: Vec<Buffer>,
     settings: Option<Buffer>,
     seed: Option<Buffer>,
     prompt_counts: Option<Buffer>,
@@ -50,40 +59,146 @@ impl State {
     }
 }
 
+/// The likeliest continuations of one slot.
+#[derive(Clone, Debug, Default)]
+pub struct Best {
+    /// Ids, the likeliest first.
+    pub ids: Vec<u32>,
+    /// Their log-probabilities.
+    pub log_probabilities: Vec<f32>,
+    /// Hidden states of the tokens that were run, (n, M) row-major, if they were asked for.
+    pub hidden: Vec<f32>,
+}
+
 impl<'e> Session<'e> {
-    /// `batch` empty slots of at least `len` positions each.
+    /// `batch` empty slots of at least `len` positions each, kept as the engine's [`CacheOptions`] say.
+    ///
+    /// [`CacheOptions`]: super::CacheOptions
     pub fn new(engine: &'e Engine, batch: usize, len: usize) -> Result<Session<'e>, Error> {
-        let len = cache_len(len);
-        let cache_shape = CacheShape { batch, len, dtype: engine.dtype() };
-        let cache = engine.new_cache(cache_shape)?;
-        Ok(Session { engine, cache_shape, cache, used: vec![0; batch], state: None })
+        let shape = engine.cache_options().shape(batch, cache_len(len), engine.dtype());
+        let cache = engine.cache_program(CacheProgram::New, shape)?.execute(&[])?;
+        let slots = Slots::new(&shape, &engine.config().windows());
+        let mut session = Session {
+            engine,
+            shape,
+            cache,
+            slots,
+            rope_len: vec![0; batch],
+            frequencies: Vec::new(),
+            sampling: vec![None; batch],
+            state: None,
+        };
+        session.upload_frequencies()?;
+        Ok(session)
     }
 
     /// The cache's shape.
     pub fn cache_shape(&self) -> CacheShape {
-        self.cache_shape
+        self.shape
+    }
+
+    /// The engine that runs it.
+    pub fn engine(&self) -> &'e Engine {
+        self.engine
     }
 
     /// Tokens in each slot.
-    pub fn used(&self) -> &[usize] {
-        &self.used
+    pub fn used(&self) -> Vec<usize> {
+        self.slots.all_used()
     }
 
-    /// Forgets what comes after the first `len` tokens of slot `slot`.
-    pub fn truncate(&mut self, slot: usize, len: usize) {
-        self.used[slot] = self.used[slot].min(len);
+    /// What stands in the slots.
+    pub fn slots(&self) -> &Slots {
+        &self.slots
+    }
+
+    /// How many of the first `len` tokens of `slot` can stay where a text of `total` tokens in all is to be run: 0 where a
+    /// sliding window has dropped what is needed, or the rotary frequencies of that length differ.
+    pub fn keepable(&self, slot: usize, len: usize, total: usize) -> usize {
+        let ropes = &self.engine.config().ropes;
+        let same = |rope: &config::Rope| rope.length_class(self.rope_len[slot]) == rope.length_class(total);
+        if ropes.iter().all(same) { self.slots.keepable(slot, len) } else { 0 }
+    }
+
+    /// Forgets what comes after the first `len` tokens of slot `slot`, and gives how many are kept: `len`, or 0 where a
+    /// sliding window has dropped what would be needed.
+    pub fn truncate(&mut self, slot: usize, len: usize) -> usize {
         // What decode would feed itself belongs to the end that was cut off.
         self.state = None;
+        let kept = self.slots.truncate(slot, len);
+        if kept == 0 {
+            self.rope_len[slot] = 0;
+        }
+        kept
     }
 
-    /// Appends `tokens` (one row of S ids for each slot) and returns the logits of all their positions, (B, S, V)
-    /// row-major. Rows are run as one chunk of `padded` ≥ S tokens, so that a shorter last chunk needs no program.
+    /// Empties `slot` for another text; the other slots go on.
+    pub fn free(&mut self, slot: usize) {
+        self.slots.free(slot);
+        self.sampling[slot] = None;
+        self.rope_len[slot] = 0;
+    }
+
+    /// Notes that `id` is what was drawn for `slot`, so that its text can be found by [`Session::reuse`].
+    pub fn know(&mut self, slot: usize, id: u32) {
+        let at = self.slots.known(slot);
+        self.slots.know(slot, at, &[id]);
+    }
+
+    /// Gives `slot`, which is emptied, the longest beginning of `prompt` that some slot holds already, and returns its
+    /// length; at least one token of the prompt is left to be run.
+    pub fn reuse(&mut self, slot: usize, prompt: &[u32]) -> Result<usize, Error> {
+        let found = self.slots.prefix(&prompt[..prompt.len().saturating_sub(1)]);
+        let found = found.filter(|&(from, len)| self.keepable(from, len, prompt.len()) == len);
+        let Some((from, len)) = found else {
+            self.free(slot);
+            return Ok(0);
+        };
+        if from != slot {
+            let mut parents: Vec<usize> = (0..self.shape.batch).collect();
+            parents[slot] = from;
+            self.reorder(&parents)?;
+        }
+        self.sampling[slot] = None;
+        Ok(self.slots.truncate(slot, len))
+    }
+
+    /// Slot i becomes a copy of slot `parents[i]`, as beam search needs it.
+    pub fn reorder(&mut self, parents: &[usize]) -> Result<(), Error> {
+        let CacheShape { batch, .. } = self.shape;
+        if parents.len() != batch || parents.iter().any(|&parent| parent >= batch) {
+            return Err(Error::Empty(format!("{batch} slots cannot be copies of slots {parents:?}")));
+        }
+        if parents.iter().enumerate().all(|(i, &parent)| i == parent) {
+            return Ok(());
+        }
+        self.slots.reorder(parents);
+        self.rope_len = parents.iter().map(|&parent| self.rope_len[parent]).collect();
+        self.upload_frequencies()?;
+        // Where all layers are paged, sharing the pages is all there is to do.
+        let moved = |layer| !matches!(self.shape.layout(layer), Layout::Paged(_));
+        if self.engine.config().layers.iter().any(moved) {
+            let parents = self.upload_i32(&parents.iter().map(|&parent| parent as i32).collect::<Vec<_>>())?;
+            self.run_cache_program(CacheProgram::Reorder, &[&parents])?;
+        }
+        Ok(())
+    }
+
+    fn run_cache_program(&mut self, program: CacheProgram, more: &[&Buffer]) -> Result<(), Error> {
+        let executable = self.engine.cache_program(program, self.shape)?;
+        let args: Vec<&Buffer> = self.cache.iter().chain(more.iter().copied()).collect();
+        self.cache = executable.execute(&args)?;
+        Ok(())
+    }
+
+    /// Appends `tokens` (one row of ids for each slot, not all empty) and returns the logits of all their positions, one row after
+    /// another, (n, V) each. Rows are run as one chunk of `padded` ≥ S tokens, so that a shorter last chunk needs no program.
     pub fn logits(&mut self, tokens: &[Vec<u32>], padded: usize) -> Result<Vec<f32>, Error> {
-        let s = tokens.first().map_or(0, Vec::len);
         let outputs = self.run(tokens, padded, Output::Logits)?;
         let logits = outputs[0].1.to_vec::<f32>()?;
         let v = self.engine.config().vocab_size;
-        Ok(logits.chunks(padded * v).flat_map(|slot| &slot[..s * v]).copied().collect())
+        let rows = logits.chunks(padded * v).zip(tokens);
+        Ok(rows.flat_map(|(slot, row)| &slot[..row.len() * v]).copied().collect())
     }
 
     /// As [`Session::logits`], with every named value of the model: `logits`, `layers.0/attention/q`, ….
@@ -92,28 +207,133 @@ impl<'e> Session<'e> {
         self.run(tokens, s, Output::Activations)
     }
 
+    /// Appends `tokens` (one row of ids for each slot) and returns the likeliest ids after each.
+    pub fn best(&mut self, tokens: &[Vec<u32>], count: usize, hidden: bool) -> Result<Vec<Best>, Error> {
+        self.set_rope_len(tokens)?;
+        let longest = tokens.iter().map(Vec::len).max().unwrap_or(0);
+        let m = self.engine.config().d_model;
+        let mut found = vec![Best::default(); tokens.len()];
+        let mut done = 0;
+        while done < longest {
+            let room = self.shape.len - self.furthest().min(self.shape.len);
+            let size = if longest == 1 { 1 } else { next_chunk(longest - done, room) };
+            let rows: Vec<Vec<u32>> =
+                tokens.iter().map(|row| row[done.min(row.len())..row.len().min(done + size)].to_vec()).collect();
+            let outputs = self.run(&rows, size, Output::Best { count, hidden })?;
+            let ids = outputs[0].1.to_vec::<i32>()?;
+            let log_probabilities = outputs[1].1.to_vec::<f32>()?;
+            let states = if hidden { outputs[2].1.to_vec::<f32>()? } else { Vec::new() };
+            for (slot, row) in rows.iter().enumerate().filter(|(_, row)| !row.is_empty()) {
+                found[slot].ids = ids[slot * count..][..count].iter().map(|&id| id as u32).collect();
+                found[slot].log_probabilities = log_probabilities[slot * count..][..count].to_vec();
+                if hidden {
+                    found[slot].hidden.extend(&states[slot * size * m..][..row.len() * m]);
+                }
+            }
+            done += size;
+        }
+        Ok(found)
+    }
+
     /// The program's results after the cache, with their names.
     fn run(&mut self, tokens: &[Vec<u32>], padded: usize, output: Output) -> Result<Vec<(String, Buffer)>, Error> {
-        let s = tokens.first().map_or(0, Vec::len);
-        if s == 0 || tokens.len() != self.cache_shape.batch || tokens.iter().any(|row| row.len() != s) {
+        let longest = tokens.iter().map(Vec::len).max().unwrap_or(0);
+        if longest == 0 || longest > padded || tokens.len() != self.shape.batch {
             let rows: Vec<usize> = tokens.iter().map(Vec::len).collect();
-            let slots = self.cache_shape.batch;
-            return Err(Error::Empty(format!("{slots} slots need rows of one length above 0, found lengths {rows:?}")));
+            let slots = self.shape.batch;
+            return Err(Error::Empty(format!(
+                "{slots} slots need a row each of at most {padded} ids, not all empty; found lengths {rows:?}"
+            )));
         }
         self.state = None;
-        let start = self.start();
-        self.check_room("these tokens", start + padded)?;
-        let spec = self.spec(padded, start + padded, output);
-        let program = self.engine.program(&spec)?;
-        let ids = self.upload_ids(tokens, padded)?;
-        let position = self.upload_positions()?;
-        let mut args: Vec<&Buffer> = self.engine.params().iter().chain(&self.cache).collect();
-        args.extend([&ids, &position]);
-        let mut outputs = program.executable.execute(&args)?;
+        self.set_rope_len(tokens)?;
+        let valid: Vec<usize> = tokens.iter().map(Vec::len).collect();
+        let (args, end) = self.step_args(tokens, &valid, padded)?;
+        let program = self.engine.program(&self.spec(padded, end, output))?;
+        let used = self.used();
+        let rest = self.execute(&program, &args.iter().map(Arc::as_ref).collect::<Vec<_>>())?;
+        valid.iter().enumerate().for_each(|(slot, n)| self.slots.advance(slot, *n));
+        tokens.iter().enumerate().for_each(|(slot, row)| self.slots.know(slot, used[slot], row));
+        Ok(program.results[self.cache.len()..].iter().cloned().zip(rest).collect())
+    }
+
+    /// Runs a program over parameters, cache and `args`; the cache is renewed, the other results are returned.
+    fn execute(&mut self, program: &Program, args: &[&Buffer]) -> Result<Vec<Buffer>, Error> {
+        let all: Vec<&Buffer> = self.engine.params().iter().chain(&self.cache).chain(args.iter().copied()).collect();
+        let mut outputs = program.executable.execute(&all)?;
         let rest = outputs.split_off(self.cache.len());
         self.cache = outputs;
-        self.used.iter_mut().for_each(|u| *u += s);
-        Ok(program.results[self.cache.len()..].iter().cloned().zip(rest).collect())
+        Ok(rest)
+    }
+
+    /// Tokens, positions, table, frequencies, and how many tokens count: the arguments after the cache of a step over
+    /// `size` tokens per slot; and the position where the furthest slot ends.
+    fn step_args(
+        &mut self,
+        tokens: &[Vec<u32>],
+        valid: &[usize],
+        size: usize,
+    ) -> Result<(Vec<Arc<Buffer>>, usize), Error> {
+        let used = self.used();
+        let end = used.iter().zip(valid).filter(|(_, v)| **v > 0).map(|(u, _)| u + size).max().unwrap_or(size);
+        self.check_room("these tokens", end)?;
+        let lens: Vec<usize> = used.iter().zip(valid).map(|(u, v)| if *v > 0 { u + v } else { 0 }).collect();
+        let mut args = vec![Arc::new(self.upload_ids(tokens, size)?), Arc::new(self.upload_positions()?)];
+        args.extend(self.reserve(&lens)?.map(Arc::new));
+        args.extend(self.frequencies.iter().cloned());
+        args.push(Arc::new(self.upload_i32(&valid.iter().map(|v| *v as i32).collect::<Vec<_>>())?));
+        Ok((args, end))
+    }
+
+    /// Makes room for the first `lens` positions of each slot and returns the table of pages, if there is one.
+    fn reserve(&mut self, lens: &[usize]) -> Result<Option<Buffer>, Error> {
+        let copies = self.slots.reserve(lens)?;
+        let Some(table) = self.slots.table() else { return Ok(None) };
+        let Pages { count, .. } = self.shape.pages.expect("a table comes with pages");
+        for some in copies.chunks(self.shape.batch) {
+            let column = |f: fn(&PageCopy) -> u32, fill: usize| {
+                let mut column: Vec<i32> = some.iter().map(|copy| f(copy) as i32).collect();
+                column.resize(self.shape.batch, fill as i32);
+                self.upload_i32(&column)
+            };
+            let (from, to) = (column(|copy| copy.from, 0)?, column(|copy| copy.to, count)?);
+            self.run_cache_program(CacheProgram::CopyPages { count: self.shape.batch }, &[&from, &to])?;
+        }
+        let dims = [self.shape.batch, self.shape.table_len()];
+        Ok(Some(self.engine.client().upload_slice(&table, &dims, Some(self.engine.device()))?))
+    }
+
+    /// Sets the frequencies of slots that `tokens` begins.
+    fn set_rope_len(&mut self, tokens: &[Vec<u32>]) -> Result<(), Error> {
+        let mut changed = false;
+        for (slot, row) in tokens.iter().enumerate().filter(|(_, row)| !row.is_empty()) {
+            if self.slots.used(slot) == 0 {
+                changed |= self.rope_len[slot] < row.len();
+                self.rope_len[slot] = self.rope_len[slot].max(row.len());
+            }
+        }
+        if changed { self.upload_frequencies() } else { Ok(()) }
+    }
+
+    /// Sets the length that the frequencies of `slot` are for, before its first tokens are run in parts.
+    pub fn set_length(&mut self, slot: usize, len: usize) -> Result<(), Error> {
+        self.rope_len[slot] = len;
+        self.upload_frequencies()
+    }
+
+    fn upload_frequencies(&mut self) -> Result<(), Error> {
+        let ropes = self.engine.config().ropes.iter().filter(|rope| rope.depends_on_length());
+        let upload = |rope: &config::Rope| {
+            let rows: Vec<f32> = self.rope_len.iter().flat_map(|&len| rope.inv_freq(len)).collect();
+            let dims = [self.shape.batch, rope.dim / 2];
+            self.engine
+                .client()
+                .upload_slice(&rows, &dims, Some(self.engine.device()))
+                .map(Arc::new)
+                .map_err(Error::from)
+        };
+        self.frequencies = ropes.map(upload).collect::<Result<_, _>>()?;
+        Ok(())
     }
 
     /// Appends each slot's prompt and draws the token that follows it. Prompts may differ in length; none is empty.
@@ -124,11 +344,44 @@ impl<'e> Session<'e> {
         sampling: &[SamplingOptions],
         chunk: Option<usize>,
     ) -> Result<(), Error> {
+        if prompts.len() != self.shape.batch || sampling.len() != prompts.len() {
+            let (b, p, s) = (self.shape.batch, prompts.len(), sampling.len());
+            return Err(Error::Empty(format!("{b} slots, {p} prompts and {s} samplings")));
+        }
+        if let Some(slot) = prompts.iter().position(Vec::is_empty) {
+            return Err(Error::Empty(format!("the prompt of slot {slot} has no tokens")));
+        }
+        self.state = None;
+        self.append(prompts, sampling.iter().cloned().map(Some).collect(), chunk)
+    }
+
+    /// Appends `prompt` to one slot and draws the token that follows it, while the others stand still: their last tokens
+    /// are kept, and [`Session::decode`] moves all slots on together.
+    pub fn start(&mut self, slot: usize, prompt: &[u32], sampling: &SamplingOptions) -> Result<(), Error> {
+        if prompt.is_empty() {
+            return Err(Error::Empty(format!("the prompt of slot {slot} has no tokens")));
+        }
+        let mut prompts = vec![Vec::new(); self.shape.batch];
+        prompts[slot] = prompt.to_vec();
+        let mut all = vec![None; self.shape.batch];
+        all[slot] = Some(sampling.clone());
+        self.append(&prompts, all, None)
+    }
+
+    /// Appends the prompts that are not empty.
+    fn append(
+        &mut self,
+        prompts: &[Vec<u32>],
+        sampling: Vec<Option<SamplingOptions>>,
+        chunk: Option<usize>,
+    ) -> Result<(), Error> {
+        self.check_ids(prompts)?;
         self.start_sampling(prompts, sampling)?;
+        self.set_rope_len(prompts)?;
         let longest = prompts.iter().map(Vec::len).max().unwrap_or(0);
         let mut done = 0;
         while done < longest {
-            let room = self.cache_shape.len - self.start().min(self.cache_shape.len);
+            let room = self.shape.len - self.furthest_of(prompts).min(self.shape.len);
             let size = chunk.map_or_else(|| next_chunk(longest - done, room), |chunk| chunk.max(2));
             self.prefill_chunk(prompts, done, size)?;
             done += size;
@@ -138,11 +391,11 @@ impl<'e> Session<'e> {
 
     /// The programs that [`Session::prefill`] of prompts of `len` tokens and then decode will run.
     pub fn programs(&self, len: usize, spec: SamplerSpec) -> Vec<StepSpec> {
-        let start = self.start();
+        let start = self.furthest();
         let mut specs = Vec::new();
         let mut done = 0;
         while done < len {
-            let size = next_chunk(len - done, self.cache_shape.len - (start + done).min(self.cache_shape.len));
+            let size = next_chunk(len - done, self.shape.len - (start + done).min(self.shape.len));
             specs.push(self.spec(size, start + done + size, Output::Token(spec)));
             done += size;
         }
@@ -154,103 +407,128 @@ impl<'e> Session<'e> {
 
     fn prefill_chunk(&mut self, prompts: &[Vec<u32>], done: usize, size: usize) -> Result<(), Error> {
         let valid: Vec<usize> = prompts.iter().map(|p| p.len().saturating_sub(done).min(size)).collect();
-        let end = self.used.iter().zip(&valid).filter(|(_, v)| **v > 0).map(|(u, _)| u + size).max().unwrap_or(size);
-        self.check_room("the prompt", end)?;
         let rows: Vec<Vec<u32>> =
             prompts.iter().zip(&valid).map(|(p, v)| p[done.min(p.len())..][..*v].to_vec()).collect();
         let last: Vec<i32> =
             prompts.iter().zip(&valid).map(|(p, v)| i32::from(*v > 0 && p.len() <= done + size)).collect();
-        let ids = self.upload_ids(&rows, size)?;
-        let position = self.upload_positions()?;
-        let valid_buffer = self.upload_i32(&valid.iter().map(|v| *v as i32).collect::<Vec<_>>())?;
-        let last = self.upload_i32(&last)?;
-        self.step(size, end, Some([ids, position, valid_buffer, last]))?;
-        self.used.iter_mut().zip(&valid).for_each(|(u, v)| *u += v);
+        let (mut args, end) = self.step_args(&rows, &valid, size)?;
+        args.push(Arc::new(self.upload_i32(&last)?));
+        let used = self.used();
+        self.step(size, end, args)?;
+        for (slot, row) in rows.iter().enumerate() {
+            self.slots.advance(slot, row.len());
+            self.slots.know(slot, used[slot], row);
+        }
         Ok(())
     }
 
-    /// Dispatches one decode step: the last drawn token goes in, the next is drawn. Nothing is waited for.
+    /// Dispatches one decode step: the last drawn token goes in, the next is drawn. Nothing is waited for. Slots that
+    /// were never started, or are freed, run along without effect on the others.
     pub fn decode(&mut self) -> Result<(), Error> {
-        let end = self.used.iter().max().map_or(0, |u| u + 1);
+        let active: Vec<bool> = self.sampling.iter().map(Option::is_some).collect();
+        let ends: Vec<usize> =
+            self.used().iter().zip(&active).map(|(used, active)| if *active { used + 1 } else { 0 }).collect();
+        let end = ends.iter().copied().max().unwrap_or(0).max(1);
         self.check_room("the next token", end)?;
-        self.step(1, end, None)?;
-        self.used.iter_mut().for_each(|u| *u += 1);
+        let mut args: Vec<Arc<Buffer>> = self.reserve(&ends)?.map(Arc::new).into_iter().collect();
+        args.extend(self.frequencies.iter().cloned());
+        self.step(1, end, args)?;
+        (0..self.shape.batch).filter(|&slot| active[slot]).for_each(|slot| self.slots.advance(slot, 1));
         Ok(())
     }
 
     /// Starts reading the tokens drawn last, one per slot.
     pub fn read_tokens(&self) -> Result<TokenRead, Error> {
         let state = self.state.as_ref().ok_or_else(|| Error::Empty("nothing was drawn yet".into()))?;
-        Ok(TokenRead(state.token.to_host_async()?))
+        let log_probabilities =
+            state.log_probabilities.iter().map(Buffer::to_host_async).collect::<Result<Vec<_>, _>>()?;
+        Ok(TokenRead { tokens: state.token.to_host_async()?, log_probabilities })
     }
 
-    /// One run of a program that draws tokens. `prefill`: ids, position, valid, last.
-    fn step(&mut self, tokens: usize, end: usize, prefill: Option<[Buffer; 4]>) -> Result<(), Error> {
-        let state = self.state.as_ref().ok_or_else(|| Error::Empty("a prompt comes before decoding".into()))?;
+    /// One run of a program that draws tokens. `given`: of prefill all arguments from ids to `last`, of decode those after
+    /// the position, which it has itself.
+    fn step(&mut self, tokens: usize, end: usize, given: Vec<Arc<Buffer>>) -> Result<(), Error> {
+        let mut state = self.state.take().ok_or_else(|| Error::Empty("a prompt comes before decoding".into()))?;
         let spec = self.spec(tokens, end, Output::Token(state.spec));
         let program = self.engine.program(&spec)?;
-        let mut args: Vec<&Buffer> = self.engine.params().iter().chain(&self.cache).collect();
-        match &prefill {
-            Some([ids, position, valid, last]) => args.extend([ids, position, valid, last, &state.token]),
-            None => args.extend([&state.token, &state.position]),
-        }
+        let given = given.iter().map(Arc::as_ref);
+        let mut args: Vec<&Buffer> = match spec.is_decode() {
+            true => [&state.token, &state.position].into_iter().chain(given).collect(),
+            false => given.chain([&state.token]).collect(),
+        };
         args.extend(state.sampler_args());
-        let mut outputs = program.executable.execute(&args)?;
-        let mut rest = outputs.split_off(self.cache.len()).into_iter();
-        self.cache = outputs;
-        let state = self.state.as_mut().expect("checked above");
-        state.token = rest.next().expect("the step returns a token");
-        state.position = rest.next().expect("the step returns a position");
-        if state.output_counts.is_some() {
-            state.output_counts = rest.next();
+        let mut rest = self.execute(&program, &args)?.into_iter();
+        let mut next = || rest.next().expect("the step returns what its output says");
+        state.token = next();
+        state.position = next();
+        if state.spec.log_probabilities.is_some() {
+            state.log_probabilities = vec![next(), next(), next()];
         }
+        if state.output_counts.is_some() {
+            state.output_counts = Some(next());
+        }
+        self.state = Some(state);
         Ok(())
     }
 
     /// Where the longest slot ends.
-    fn start(&self) -> usize {
-        self.used.iter().copied().max().unwrap_or(0)
+    fn furthest(&self) -> usize {
+        self.used().into_iter().max().unwrap_or(0)
+    }
+
+    /// Where the longest slot ends that has a prompt.
+    fn furthest_of(&self, prompts: &[Vec<u32>]) -> usize {
+        self.used().into_iter().zip(prompts).filter(|(_, p)| !p.is_empty()).map(|(u, _)| u).max().unwrap_or(0)
     }
 
     fn spec(&self, tokens: usize, end: usize, output: Output) -> StepSpec {
-        let CacheShape { batch, len, dtype } = self.cache_shape;
         let least = if tokens == 1 { READ_MIN } else { tokens };
-        let read_len = end.max(least).next_power_of_two().min(len);
-        StepSpec { batch, tokens, cache_len: len, read_len, cache_dtype: dtype, output }
+        let read_len = end.max(least).next_power_of_two().min(self.shape.len);
+        StepSpec { tokens, cache: self.shape, read_len, output }
     }
 
     fn check_room(&self, what: &str, end: usize) -> Result<(), Error> {
-        match end <= self.cache_shape.len {
+        match end <= self.shape.len {
             true => Ok(()),
             false => Err(Error::Context {
                 what: what.into(),
                 needed: end,
-                limit: self.cache_shape.len,
+                limit: self.shape.len,
                 reason: "the length of the cache".into(),
                 advice: "raise --max-seq or shorten the prompt".into(),
             }),
         }
     }
 
-    fn start_sampling(&mut self, prompts: &[Vec<u32>], sampling: &[SamplingOptions]) -> Result<(), Error> {
-        let (b, v) = (self.cache_shape.batch, self.engine.config().vocab_size);
-        if prompts.len() != b || sampling.len() != b {
-            return Err(Error::Empty(format!("{b} slots, {} prompts and {} samplings", prompts.len(), sampling.len())));
+    /// Makes the sampler's arguments for the slots of `sampling` that are given, beside those that were started before.
+    fn start_sampling(&mut self, prompts: &[Vec<u32>], sampling: Vec<Option<SamplingOptions>>) -> Result<(), Error> {
+        let (b, v) = (self.shape.batch, self.engine.config().vocab_size);
+        for options in sampling.iter().flatten() {
+            options.validate(v)?;
+            self.check_ids(std::slice::from_ref(&options.history))?;
         }
-        for (slot, prompt) in prompts.iter().enumerate() {
-            if prompt.is_empty() {
-                return Err(Error::Empty(format!("the prompt of slot {slot} has no tokens")));
-            }
-        }
-        sampling.iter().try_for_each(|s| s.validate(v))?;
-        self.check_ids(prompts)?;
-        sampling.iter().try_for_each(|s| self.check_ids(std::slice::from_ref(&s.history)))?;
-        let any = |f: fn(&SamplerSpec) -> bool| sampling.iter().any(|s| f(&s.spec()));
-        let spec = SamplerSpec { random: any(|s| s.random), penalties: any(|s| s.penalties), bias: any(|s| s.bias) };
-        let greedy_in_batch = spec.random && sampling.iter().any(|s| !s.spec().random);
-
+        // What the other slots drew goes on.
+        let old = self.state.take();
+        let starting: Vec<bool> = sampling.iter().map(Option::is_some).collect();
+        let merged: Vec<Option<SamplingOptions>> = sampling
+            .into_iter()
+            .zip(&mut self.sampling)
+            .map(|(new, old_one)| new.or(if old.is_some() { old_one.take() } else { None }))
+            .collect();
+        let row = |options: &Option<SamplingOptions>| options.clone().unwrap_or_default();
+        let rows: Vec<SamplingOptions> = merged.iter().map(row).collect();
+        self.sampling = merged;
+        let any = |f: fn(&SamplerSpec) -> bool| rows.iter().any(|s| f(&s.spec()));
+        let spec = SamplerSpec {
+            random: any(|s| s.random),
+            typical: any(|s| s.typical),
+            penalties: any(|s| s.penalties),
+            bias: any(|s| s.bias),
+            log_probabilities: rows.iter().filter_map(|s| s.log_probabilities).max(),
+        };
+        let greedy_in_batch = spec.random && rows.iter().any(|s| !s.spec().random);
         let settings = (spec.random || spec.penalties).then(|| {
-            let rows = sampling.iter().flat_map(|s| {
+            let rows = rows.iter().flat_map(|s| {
                 let mut row = s.settings(v);
                 if greedy_in_batch && !s.spec().random {
                     row[Settings::TOP_K] = 1.0;
@@ -259,36 +537,51 @@ impl<'e> Session<'e> {
             });
             rows.collect::<Vec<f32>>()
         });
-        let counts = spec.penalties.then(|| {
-            let mut counts = vec![0i32; b * v];
-            for (slot, (prompt, s)) in prompts.iter().zip(sampling).enumerate() {
-                s.history.iter().chain(prompt).for_each(|&id| counts[slot * v + id as usize] += 1);
+        let (mut prompt_counts, mut output_counts) = (None, None);
+        if spec.penalties {
+            let kept = |buffer: Option<&Buffer>| match buffer {
+                Some(buffer) => buffer.to_vec::<i32>().map_err(Error::from),
+                None => Ok(vec![0; b * v]),
+            };
+            let (mut prompt, mut output) = (
+                kept(old.as_ref().and_then(|old| old.prompt_counts.as_ref()))?,
+                kept(old.as_ref().and_then(|old| old.output_counts.as_ref()))?,
+            );
+            for slot in (0..b).filter(|&slot| starting[slot]) {
+                let counts = &mut prompt[slot * v..(slot + 1) * v];
+                counts.fill(0);
+                rows[slot].history.iter().chain(&prompts[slot]).for_each(|&id| counts[id as usize] += 1);
+                output[slot * v..(slot + 1) * v].fill(0);
             }
-            counts
-        });
+            (prompt_counts, output_counts) = (Some(prompt), Some(output));
+        }
         let bias = spec.bias.then(|| {
             let mut bias = vec![0f32; b * v];
-            for (slot, s) in sampling.iter().enumerate() {
+            for (slot, s) in rows.iter().enumerate() {
                 s.logit_bias.iter().for_each(|&(id, x)| bias[slot * v + id as usize] = x);
             }
             bias
         });
-        let seeds: Vec<u64> = sampling.iter().map(|s| s.seed).collect();
+        let seeds: Vec<u64> = rows.iter().map(|s| s.seed).collect();
         let (client, device) = (self.engine.client(), Some(self.engine.device()));
         let f32s = |data: Option<Vec<f32>>, n: usize| {
             data.map(|d| client.upload_slice(&d, &[b, n], device)).transpose().map_err(Error::from)
         };
+        let i32s = |data: Option<Vec<i32>>| {
+            data.map(|d| client.upload_slice(&d, &[b, v], device)).transpose().map_err(Error::from)
+        };
         self.state = Some(State {
             spec,
-            token: client.upload_slice(&vec![0i32; b], &[b, 1], device)?,
+            token: match old {
+                Some(old) => old.token,
+                None => client.upload_slice(&vec![0i32; b], &[b, 1], device)?,
+            },
             position: self.upload_positions()?,
+            log_probabilities: Vec::new(),
             settings: f32s(settings, Settings::LEN)?,
             seed: spec.random.then(|| client.upload_slice(&seeds, &[b], device)).transpose()?,
-            output_counts: counts
-                .as_ref()
-                .map(|c| client.upload_slice(&vec![0i32; c.len()], &[b, v], device))
-                .transpose()?,
-            prompt_counts: counts.map(|c| client.upload_slice(&c, &[b, v], device)).transpose()?,
+            output_counts: i32s(output_counts)?,
+            prompt_counts: i32s(prompt_counts)?,
             bias: f32s(bias, v)?,
         });
         Ok(())
@@ -315,7 +608,7 @@ impl<'e> Session<'e> {
     }
 
     fn upload_positions(&self) -> Result<Buffer, Error> {
-        self.upload_i32(&self.used.iter().map(|u| *u as i32).collect::<Vec<_>>())
+        self.upload_i32(&self.used().iter().map(|u| *u as i32).collect::<Vec<_>>())
     }
 
     fn upload_i32(&self, values: &[i32]) -> Result<Buffer, Error> {
@@ -341,18 +634,52 @@ pub fn chunked_logits(engine: &Engine, tokens: &[u32], chunk: usize) -> Result<V
     let mut session = Session::new(engine, 1, tokens.len().next_multiple_of(chunk))?;
     let mut logits = Vec::with_capacity(tokens.len() * engine.config().vocab_size);
     for part in tokens.chunks(chunk) {
+        // All chunks turn with the frequencies of the whole text.
+        if session.used() == [0] {
+            session.set_length(0, tokens.len())?;
+        }
         logits.extend(session.logits(&[part.to_vec()], chunk)?);
     }
     Ok(logits)
 }
 
 /// Tokens on their way to the host.
-pub struct TokenRead(HostRead);
+pub struct TokenRead {
+    tokens: HostRead,
+    /// Of the token drawn, ids of the most likely, and theirs.
+    log_probabilities: Vec<HostRead>,
+}
+
+/// What was drawn for one slot.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Drawn {
+    /// The token.
+    pub id: u32,
+    /// Its log-probability under the model (before temperature and cuts), if that was asked for.
+    pub log_probability: Option<f32>,
+    /// The most likely ids with theirs, falling.
+    pub best: Vec<(u32, f32)>,
+}
 
 impl TokenRead {
-    /// Waits for them: one id per slot.
-    pub fn wait(self) -> Result<Vec<u32>, Error> {
-        let bytes = self.0.wait()?;
-        Ok(bytes.chunks_exact(4).map(|c| u32::from_ne_bytes([c[0], c[1], c[2], c[3]])).collect())
+    /// Waits for them: one for each slot.
+    pub fn wait(self) -> Result<Vec<Drawn>, Error> {
+        let words = |read: HostRead| -> Result<Vec<u32>, Error> {
+            let bytes = read.wait()?;
+            Ok(bytes.chunks_exact(4).map(|c| u32::from_ne_bytes([c[0], c[1], c[2], c[3]])).collect())
+        };
+        let ids = words(self.tokens)?;
+        let mut drawn: Vec<Drawn> =
+            ids.into_iter().map(|id| Drawn { id, log_probability: None, best: Vec::new() }).collect();
+        let rest = self.log_probabilities.into_iter().map(words).collect::<Result<Vec<_>, _>>()?;
+        if let [own, ids, values] = &rest[..] {
+            let n = ids.len() / drawn.len();
+            for (slot, drawn) in drawn.iter_mut().enumerate() {
+                drawn.log_probability = Some(f32::from_bits(own[slot]));
+                let best = ids.iter().zip(values).skip(slot * n).take(n);
+                drawn.best = best.map(|(&id, &value)| (id, f32::from_bits(value))).collect();
+            }
+        }
+        Ok(drawn)
     }
 }

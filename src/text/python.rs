@@ -230,10 +230,38 @@ pub(super) fn replace(text: &Value, old: &Value, new: &Value, count: Option<i64>
 /// The `trim` filter: `str.strip`.
 pub(super) fn trim(text: &Value, chars: Option<&str>) -> String {
     let text = to_str(text);
-    match chars {
-        Some(chars) => text.trim_matches(|c| chars.contains(c)).to_owned(),
-        None => text.trim().to_owned(),
+    text.trim_matches(|c| stripped(c, chars)).to_owned()
+}
+
+/// Whether `str.strip(chars)` takes `c` off.
+fn stripped(c: char, chars: Option<&str>) -> bool {
+    chars.map_or_else(|| is_space(c), |chars| chars.contains(c))
+}
+
+/// `str.isspace` of one character: Unicode's white space, and the separators that ASCII has for files and records.
+fn is_space(c: char) -> bool {
+    c.is_whitespace() || ('\x1c'..='\x1f').contains(&c)
+}
+
+/// The `title` filter: every word with one capital, where words end at white space, `-`, `(`, `{`, `[` and `<` only.
+pub(super) fn title(text: &Value) -> String {
+    let mut first = true;
+    let mut out = String::new();
+    for c in to_str(text).chars() {
+        if first {
+            out.extend(c.to_uppercase());
+        } else {
+            out.extend(c.to_lowercase());
+        }
+        first = is_space(c) || "-({[<".contains(c);
     }
+    out
+}
+
+/// The `join` filter: what `str` makes of each item.
+pub(super) fn join(items: &Value, between: Option<&str>) -> Result<String, Error> {
+    let items: Vec<String> = items.try_iter()?.map(|item| to_str(&item)).collect();
+    Ok(items.join(between.unwrap_or_default()))
 }
 
 /// The `upper` filter.
@@ -249,6 +277,11 @@ pub(super) fn lower(text: &Value) -> String {
 /// The `int` filter: `default` for what is no number.
 pub(super) fn int(state: &State, value: &Value, default: Option<i64>) -> Value {
     minijinja::filters::int(state, value).unwrap_or_else(|_| Value::from(default.unwrap_or(0)))
+}
+
+/// The `float` filter: `default` for what is no number.
+pub(super) fn float(state: &State, value: &Value, default: Option<f64>) -> Value {
+    minijinja::filters::float(state, value).unwrap_or_else(|_| Value::from(default.unwrap_or(0.0)))
 }
 
 /// The `sequence` test: whatever has a length and items, so strings and mappings too.
@@ -272,6 +305,8 @@ pub(super) fn call_method(state: &State, value: &Value, method: &str, args: &[Va
     let known = match value.as_str() {
         Some(text) => string_method(text, method, args)?,
         None if matches!(value.kind(), ValueKind::Seq | ValueKind::Iterable) => list_method(value, method, args)?,
+        // Nothing changes a dict, so a copy of it is the dict.
+        None if value.kind() == ValueKind::Map && method == "copy" && args.is_empty() => Some(value.clone()),
         None => None,
     };
     match known {
@@ -290,7 +325,7 @@ fn string_method(text: &str, method: &str, args: &[Value]) -> Result<Option<Valu
         "isalpha" => return every(char::is_alphabetic),
         "isalnum" => return every(char::is_alphanumeric),
         "isdigit" | "isnumeric" | "isdecimal" => return every(char::is_numeric),
-        "isspace" => return every(char::is_whitespace),
+        "isspace" => return every(is_space),
         "islower" | "isupper" => {
             let () = from_args(args)?;
             let wrong = if method == "islower" { char::is_uppercase } else { char::is_lowercase };
@@ -308,6 +343,15 @@ fn string_method(text: &str, method: &str, args: &[Value]) -> Result<Option<Valu
         "count" => {
             let (what,): (&str,) = from_args(args)?;
             Value::from(text.matches(what).count())
+        }
+        "strip" | "lstrip" | "rstrip" => {
+            let (chars,): (Option<&str>,) = from_args(args)?;
+            let at_end = |c| stripped(c, chars);
+            Value::from(match method {
+                "strip" => text.trim_matches(at_end),
+                "lstrip" => text.trim_start_matches(at_end),
+                _ => text.trim_end_matches(at_end),
+            })
         }
         "removeprefix" => {
             let (what,): (&str,) = from_args(args)?;
@@ -368,14 +412,14 @@ fn split<'t>(text: &'t str, sep: Option<&str>, limit: usize, from_right: bool) -
     let blank = sep.is_none();
     loop {
         if blank {
-            rest = if from_right { rest.trim_end() } else { rest.trim_start() };
+            rest = if from_right { rest.trim_end_matches(is_space) } else { rest.trim_start_matches(is_space) };
         }
         let cut = match (sep, from_right) {
             _ if parts.len() == limit => None,
             (Some(sep), false) => rest.split_once(sep),
             (Some(sep), true) => rest.rsplit_once(sep).map(|(left, right)| (right, left)),
-            (None, false) => rest.split_once(char::is_whitespace),
-            (None, true) => rest.rsplit_once(char::is_whitespace).map(|(left, right)| (right, left)),
+            (None, false) => rest.split_once(is_space),
+            (None, true) => rest.rsplit_once(is_space).map(|(left, right)| (right, left)),
         };
         match cut {
             Some((part, remaining)) => {
@@ -444,6 +488,10 @@ mod tests {
         env.set_unknown_method_callback(super::call_method);
         env.add_filter("tojson", super::tojson);
         env.add_filter("int", super::int);
+        env.add_filter("float", super::float);
+        env.add_filter("title", super::title);
+        env.add_filter("trim", super::trim);
+        env.add_filter("join", super::join);
         let source = format!("{{{{ {expression} }}}}");
         env.render_str(&source, context!()).unwrap_or_else(|error| format!("error: {:?}", error.kind()))
     }
@@ -488,6 +536,14 @@ mod tests {
             ("['a'].index('b')", "error: InvalidOperation"),
             ("['a'].copy()", "['a']"),
             ("'x'|int(7)", "7"),
+            ("'2.5'|float + 'x'|float + 'x'|float(1)", "3.5"),
+            ("'doc_id they\\'re (aB) x-y'|title", "Doc_id They're (Ab) X-Y"),
+            ("[1.0, ['a'], none, 1e20]|join('|')", "1.0|['a']|None|1e+20"),
+            ("'abc'|join", "abc"),
+            ("'\\x1c a\\x1f\\x85\\u3000\\u200b'|trim == 'a\\x1f\\x85\\u3000\\u200b'", "True"),
+            ("'\\x1ca\\x1f'.strip() ~ 'xay'.strip('xy') ~ 'xx'.strip('x') ~ ' b'.lstrip() ~ 'c\\n'.rstrip('\\n')", "aabc"),
+            ("'a\\x1cb'.split()", "['a', 'b']"),
+            ("{'a': [1]}.copy()", "{'a': [1]}"),
             ("['a'].append('b')", "error: UnknownMethod"),
         ] {
             assert_eq!(eval(expression), expected, "{expression}");

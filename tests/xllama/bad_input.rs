@@ -441,10 +441,10 @@ fn big(folder: &Folder) -> String {
     });
     let cfg = converter::ModelConfig::from_value(&config, Path::new("config.json")).expect("valid");
     let (mut header, mut end) = (serde_json::Map::new(), 0);
-    for param in converter::Llama::declare(&cfg).into_leaves() {
+    for tensor in converter::Llama::declare(&cfg).hf_tensors() {
         let begin = end;
-        end += 4 * param.elements();
-        header.insert(param.hf_name, json!({ "dtype": "F32", "shape": param.hf_shape, "data_offsets": [begin, end] }));
+        end += 4 * tensor.shape.iter().product::<usize>();
+        header.insert(tensor.name, json!({ "dtype": "F32", "shape": tensor.shape, "data_offsets": [begin, end] }));
     }
     let start = safetensors(Value::Object(header).to_string().as_bytes(), 0);
     fs::create_dir(folder.path("big")).expect("new");

@@ -1,17 +1,21 @@
 //! Pins that conversion is lossless, through the command line: there and back bit for bit, the default model's GGUF
-//! equal to the reference conversion, and memory bounded by the largest tensor.
+//! equal to the reference conversion, and memory bounded by the largest tensor; and what an extension adds.
 
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
-use serde_json::Value;
+use converter::Checkpoint;
+use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 use xla::wheel::{self, FetchOptions};
 use xllama::models::PACKAGED;
-use xllama::runtime::hex;
+use xllama::runtime::{chunked_logits, hex};
+use xllama::text::Tokenizer;
 
-use crate::support::{Folder, Tiny, finish, golden, read_tensors, repository, run, xllama_with_own_cache};
+use crate::support::{
+    Folder, Tiny, VOCAB, engine, finish, golden, read_tensors, repository, run, xllama_with_own_cache,
+};
 
 #[test]
 fn there_and_back_is_bit_identical() {
@@ -59,7 +63,7 @@ fn side_files_come_along() {
 fn a_converted_file_is_read_in_place() {
     let folder = Folder::new();
     run(["convert-params", &golden("gqa2"), &folder.arg("params"), "--dtype", "bf16"]).ok();
-    let checkpoint = converter::Checkpoint::open(&folder.path("params")).expect("a checkpoint");
+    let checkpoint = Checkpoint::open(&folder.path("params")).expect("a checkpoint");
     for param in checkpoint.params().iter() {
         assert_eq!(param.dtype, converter::DType::BF16);
         // Sizes that are no multiples of 64 come last, where only the first can be aligned.
@@ -105,4 +109,87 @@ fn the_default_model_is_what_transformers_makes_of_it() {
     let largest = tensors.values().map(|(.., bytes)| bytes.len() as u64).max().expect("tensors");
     let peak = report["peak_rss_bytes"].as_u64().expect("a number");
     assert!(peak <= 3 * largest + 200_000_000, "{peak} bytes for a largest tensor of {largest}");
+}
+
+/// The same logits for the ids that it had; a new id has the mean of their logits, since a head is linear.
+#[test]
+fn a_larger_vocabulary_answers_as_before() {
+    let folder = Tiny::random().folder();
+    fs::write(folder.path("tokens.txt"), "<tool>\n{\"content\": \"<call>\", \"special\": true}\n").expect("writable");
+    let file = folder.arg("tokens.txt");
+    let report =
+        run(["convert-params", &folder.model(), &folder.arg("params"), "--add-tokens", &file, "--json"]).json();
+    assert_eq!((&report["vocab_size"], &report["added_tokens"]), (&json!(VOCAB + 2), &json!(2)));
+    let report =
+        run(["export-hf", &folder.arg("params"), &folder.arg("larger"), "--vocab-size", "330", "--json"]).json();
+    assert_eq!((&report["vocab_size"], &report["added_tokens"]), (&json!(330), &json!(0)));
+    let logits = |name: &str| chunked_logits(&engine(&folder.path(name)), &[1, 40, 7], 3).expect("it runs");
+    let before = logits("model");
+    for (name, vocab) in [("params", VOCAB + 2), ("larger", 330)] {
+        for (before, after) in before.chunks(VOCAB).zip(logits(name).chunks(vocab)) {
+            let mean = before.iter().sum::<f32>() / VOCAB as f32;
+            let expected = before.iter().chain(std::iter::repeat(&mean));
+            for (id, (after, expected)) in after.iter().zip(expected).enumerate() {
+                assert!((after - expected).abs() < 1e-4, "{name}: id {id} has {after}, expected {expected}");
+            }
+        }
+        let tokenizer = Tokenizer::of_checkpoint(&Checkpoint::open(&folder.path(name)).expect("a checkpoint"));
+        let tokenizer = tokenizer.expect("a tokenizer");
+        assert_eq!(tokenizer.encode("<call><tool>", false).expect("encodes"), [VOCAB as u32 + 1, VOCAB as u32]);
+    }
+}
+
+/// A folder with a lone `tokenizer.model` gets a `tokenizer.json`, and other texts keep their ids.
+#[test]
+fn a_lone_sentencepiece_file_stays_the_tokenizer_that_it_was() {
+    let texts = ["the river", " a  b", "", "x<s>y </s> z", "naïve\n\n日本", "3 + 4 = 7  "];
+    for config in [
+        None,
+        Some(json!({"tokenizer_class": "LlamaTokenizer"})),
+        Some(json!({"tokenizer_class": "LlamaTokenizer", "legacy": false, "add_eos_token": true})),
+        Some(json!({"tokenizer_class": "LlamaTokenizer", "legacy": true, "add_bos_token": false})),
+    ] {
+        let mut tiny = Tiny::constant(&[0.0; 400]);
+        tiny.tokenizer = None;
+        let folder = tiny.folder();
+        let model = folder.path("model");
+        fs::copy(repository("converter/tests/data/spm_bpe.model"), model.join("tokenizer.model")).expect("writable");
+        if let Some(config) = &config {
+            fs::write(model.join("tokenizer_config.json"), config.to_string()).expect("writable");
+        }
+        fs::write(folder.path("tokens.json"), r#"["<new>"]"#).expect("writable");
+        let file = folder.arg("tokens.json");
+        run(["convert-params", &folder.model(), &folder.arg("params"), "--add-tokens", &file]).ok();
+        let [before, after] = ["model", "params"].map(|name| {
+            let checkpoint = Checkpoint::open(&folder.path(name)).expect("a checkpoint");
+            Tokenizer::of_checkpoint(&checkpoint).expect("a tokenizer")
+        });
+        for text in texts {
+            for special in [true, false] {
+                let [a, b] = [&before, &after].map(|t| t.encode(text, special).expect("encodes"));
+                assert_eq!(a, b, "{config:?} {text:?}");
+            }
+        }
+        assert_eq!(after.encode("<new>", false).expect("encodes"), [400], "{config:?}");
+    }
+}
+
+#[test]
+fn extensions_that_cannot_be_are_refused() {
+    let folder = Tiny::random().folder();
+    let fails = |code: i32, option: [&str; 2], parts: &[&str]| {
+        let args = ["convert-params", &folder.model(), &folder.arg("out")];
+        run(args.into_iter().chain(option)).fails(code, parts);
+        assert!(!folder.path("out").exists());
+    };
+    fails(1, ["--vocab-size", "318"], &["vocab_size: cannot become 318", "ask for at least 319"]);
+    fails(2, ["--vocab-size", "many"], &["--vocab-size"]);
+    fails(2, ["--rope-scaling", "yarn"], &["--rope-scaling", "yarn:4"]);
+    fails(2, ["--rope-scaling", "yarn:0.5"], &["--rope-scaling", "a factor above 1"]);
+    fails(1, ["--add-tokens", &folder.arg("none.txt")], &["none.txt"]);
+    fs::write(folder.path("tokens.txt"), "<a>\n\n<s>\n").expect("writable");
+    let file = folder.arg("tokens.txt");
+    fails(1, ["--add-tokens", &file], &["tokens.txt: line 3", "\"<s>\" already, as 1"]);
+    fs::write(folder.path("tokens.txt"), "<a>\n<a>\n").expect("writable");
+    fails(1, ["--add-tokens", &file], &["tokens.txt: line 2", "stands at line 1 already"]);
 }

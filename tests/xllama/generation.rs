@@ -129,8 +129,8 @@ fn drawn(
     session.prefill(prompts, options, chunk).expect("a prefill");
     let mut texts = vec![Vec::new(); prompts.len()];
     for i in 0..n {
-        let ids = session.read_tokens().expect("tokens").wait().expect("tokens");
-        texts.iter_mut().zip(ids).for_each(|(text, id)| text.push(id));
+        let drawn = session.read_tokens().expect("tokens").wait().expect("tokens");
+        texts.iter_mut().zip(drawn).for_each(|(text, drawn)| text.push(drawn.id));
         if i + 1 < n {
             session.decode().expect("a step");
         }
@@ -172,7 +172,7 @@ fn a_text_goes_on_where_it_ended() {
     session.prefill(&[prompt[20..].to_vec()], &options, None).expect("a prefill");
     assert_eq!(session.used(), [40]);
     for wanted in whole {
-        assert_eq!(session.read_tokens().expect("tokens").wait().expect("tokens"), [wanted]);
+        assert_eq!(session.read_tokens().expect("tokens").wait().expect("tokens")[0].id, wanted);
         session.decode().expect("a step");
     }
     // The cache has an end, and what does not fit is an error.
@@ -183,7 +183,8 @@ fn a_text_goes_on_where_it_ended() {
     assert!(session.prefill(&[vec![1], vec![1]], &options, None).is_err());
 }
 
-/// Probabilities after temperature, then top-k, then top-p of what is left, then min-p, in float64.
+/// Probabilities after temperature, then top-k, then top-p of what is left, then min-p, then typical-p of what is left, in
+/// float64.
 fn reference(logits: &[f32], o: &SamplingOptions) -> Vec<f64> {
     let mut order: Vec<usize> = (0..logits.len()).collect();
     order.sort_by(|a, b| logits[*b].total_cmp(&logits[*a]));
@@ -203,7 +204,17 @@ fn reference(logits: &[f32], o: &SamplingOptions) -> Vec<f64> {
             kept
         })
         .collect();
-    let kept: Vec<usize> = top_p.into_iter().filter(|id| weight(*id) >= f64::from(o.min_p)).collect();
+    let mut kept: Vec<usize> = top_p.into_iter().filter(|id| weight(*id) >= f64::from(o.min_p)).collect();
+    let total: f64 = kept.iter().map(|id| weight(*id)).sum();
+    let surprise = |id: &usize| -(weight(*id) / total).ln();
+    let entropy: f64 = kept.iter().map(|id| weight(*id) / total * surprise(id)).sum();
+    kept.sort_by(|a, b| (surprise(a) - entropy).abs().total_cmp(&(surprise(b) - entropy).abs()));
+    let mut before = 0.0;
+    kept.retain(|id| {
+        let stays = before < f64::from(o.typical_p) * total;
+        before += weight(*id);
+        stays
+    });
     let total: f64 = kept.iter().map(|id| weight(*id)).sum();
     (0..logits.len()).map(|id| if kept.contains(&id) { weight(id) / total } else { 0.0 }).collect()
 }
@@ -238,6 +249,11 @@ fn draws_have_the_distribution_of_a_reference() {
         ("top-p", SamplingOptions { top_p: 0.7, ..base.clone() }),
         ("min-p", SamplingOptions { min_p: 0.2, ..base.clone() }),
         ("all three", SamplingOptions { temperature: 2.0, top_k: 9, top_p: 0.8, min_p: 0.3, ..base.clone() }),
+        ("typical", SamplingOptions { typical_p: 0.4, ..base.clone() }),
+        (
+            "all four",
+            SamplingOptions { temperature: 2.0, top_k: 12, top_p: 0.9, min_p: 0.1, typical_p: 0.6, ..base.clone() },
+        ),
         ("more than there are", SamplingOptions { top_k: 999, ..base }),
     ] {
         let seeded: Vec<SamplingOptions> =

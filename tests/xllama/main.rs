@@ -2,9 +2,12 @@
 
 mod architecture;
 mod bad_input;
+mod cache;
 mod cli;
 mod conversion;
 mod generation;
 mod golden;
+mod moe;
 mod perplexity;
+mod search;
 mod support;

@@ -168,10 +168,10 @@ impl Tiny {
             "eos_token_id": 2, "rope_theta": 10000.0, "torch_dtype": "float32",
         });
         let cfg = ModelConfig::from_value(&config, Path::new("config.json")).expect("a valid configuration");
-        let params = Llama::declare(&cfg).into_leaves().into_iter().map(|p| {
-            let value = if p.hf_name.contains("norm") { 1.0 } else { 0.0 };
-            let values = vec![value; p.elements()];
-            (p.hf_name, (p.hf_shape, values))
+        let params = Llama::declare(&cfg).hf_tensors().into_iter().map(|tensor| {
+            let value = if tensor.name.contains("norm") { 1.0 } else { 0.0 };
+            let values = vec![value; tensor.shape.iter().product()];
+            (tensor.name, (tensor.shape, values))
         });
         Tiny { config, tensors: params.collect(), tokenizer: None }
     }

@@ -1,5 +1,6 @@
 //! A checkpoint on disk, in any of the three forms that are read.
 
+mod extended;
 mod folder;
 mod side_files;
 mod verify;
@@ -17,9 +18,10 @@ use crate::config::ModelConfig;
 use crate::dtype::{Overflow, cast, narrow};
 use crate::error::{Error, Result};
 use crate::gguf::GgufFile;
-use crate::layout::{Layout, Llama, Param};
+use crate::layout::{HfTensor, Layout, Llama, Param, Piece};
 use crate::pool;
 use crate::shard::{FileBytes, Stored};
+use extended::{Extended, Grown};
 use folder::Folder;
 use verify::{Found, LM_HEAD, verify};
 
@@ -51,17 +53,16 @@ pub(crate) enum Form {
 }
 
 impl Form {
-    pub(crate) fn name(self, param: &Param) -> &str {
+    /// The tensors that `params` are in files of this form.
+    pub(crate) fn tensors(self, params: &Llama<Param>) -> Vec<HfTensor> {
+        let whole = |(i, p): (usize, &Param)| HfTensor {
+            name: p.name.clone(),
+            shape: p.shape.clone(),
+            parts: (0..p.pieces.len()).map(|j| (i, j)).collect(),
+        };
         match self {
-            Form::HuggingFace => &param.hf_name,
-            Form::PerHead => &param.name,
-        }
-    }
-
-    pub(crate) fn shape(self, param: &Param) -> &[usize] {
-        match self {
-            Form::HuggingFace => &param.hf_shape,
-            Form::PerHead => &param.shape,
+            Form::HuggingFace => params.hf_tensors(),
+            Form::PerHead => params.iter().into_iter().enumerate().map(whole).collect(),
         }
     }
 
@@ -84,6 +85,7 @@ pub struct Checkpoint {
     params: Llama<Param>,
     notes: Vec<String>,
     source: Source,
+    extended: Option<Extended>,
 }
 
 #[derive(Debug)]
@@ -135,7 +137,8 @@ impl Checkpoint {
         });
         let (params, notes) = verify(&config, found.collect(), form, path)?;
         check_tied_head(&folder, &config)?;
-        Ok(Checkpoint { path: path.to_path_buf(), kind, config, params, notes, source: Source::Folder(folder) })
+        let (path, source) = (path.to_path_buf(), Source::Folder(folder));
+        Ok(Checkpoint { path, kind, config, params, notes, source, extended: None })
     }
 
     fn open_gguf(path: &Path) -> Result<Checkpoint> {
@@ -158,7 +161,8 @@ impl Checkpoint {
             })
             .collect();
         let (params, notes) = verify(&config, found, Form::HuggingFace, path)?;
-        Ok(Checkpoint { path: path.to_path_buf(), kind: Kind::Gguf, config, params, notes, source: Source::Gguf(file) })
+        let (path, source) = (path.to_path_buf(), Source::Gguf(file));
+        Ok(Checkpoint { path, kind: Kind::Gguf, config, params, notes, source, extended: None })
     }
 
     /// Where it was opened.
@@ -186,6 +190,11 @@ impl Checkpoint {
         &self.notes
     }
 
+    /// Whether the configuration is another than that on disk.
+    pub(crate) fn is_reconfigured(&self) -> bool {
+        self.extended.as_ref().is_some_and(|extended| extended.config)
+    }
+
     pub(crate) fn form(&self) -> Form {
         if self.kind == Kind::PerHead { Form::PerHead } else { Form::HuggingFace }
     }
@@ -196,7 +205,7 @@ impl Checkpoint {
     /// [`Error::Io`]; [`Error::Tensor`] for a parameter of another model, a value too large for `dtype`, or one that there
     /// is not enough memory for.
     pub fn read(&self, param: &Param, dtype: DType) -> Result<HostArray> {
-        self.read_as(param, dtype, Form::PerHead, &AtomicBool::new(false))
+        self.read_param(param, dtype, &AtomicBool::new(false))
     }
 
     /// Reads all parameters on `threads` threads (0: one per core, up to 8), each in `dtype` or, without one, in its own.
@@ -216,7 +225,7 @@ impl Checkpoint {
         let done = AtomicU64::new(0);
         let slots: Vec<OnceLock<HostArray>> = params.iter().map(|_| OnceLock::new()).collect();
         pool::for_each(threads, params.len(), cancel, |i| {
-            let array = self.read_as(params[i], target(params[i]), Form::PerHead, cancel)?;
+            let array = self.read_param(params[i], target(params[i]), cancel)?;
             let bytes = array.as_bytes().len() as u64;
             progress(done.fetch_add(bytes, Ordering::Relaxed) + bytes, total);
             slots[i].set(array).expect("each job runs once");
@@ -227,56 +236,115 @@ impl Checkpoint {
     }
 
     /// Where a parameter lies in its file, in per-head layout and its own type, to be used without a copy. `None` where
-    /// the file has another layout or does not align the tensor to 64 bytes.
+    /// the file has another layout, does not align the tensor to 64 bytes, or has only a part of it.
     ///
     /// # Errors
     /// [`Error::Format`] for a file that has shrunk; [`Error::Tensor`] for a parameter of another model.
     pub fn place(&self, param: &Param) -> Result<Option<FileBytes>> {
-        match &self.source {
-            Source::Folder(folder) if self.kind == Kind::PerHead || param.layout == Layout::Same => {
-                let (shard, stored) = folder.get(self.form().name(param)).ok_or_else(|| self.unknown(param))?;
-                shard.place(&stored.range)
-            }
-            _ => Ok(None),
+        let Source::Folder(folder) = &self.source else { return Ok(None) };
+        if self.grown(param).is_some() {
+            return Ok(None);
         }
+        let name = match (self.kind, &param.pieces[..]) {
+            (Kind::PerHead, _) => &param.name,
+            (_, [piece]) if param.layout == Layout::Same && piece.rows == piece.shape[0] => &piece.name,
+            _ => return Ok(None),
+        };
+        let (shard, stored) = folder.get(name).ok_or_else(|| self.unknown(param))?;
+        shard.place(&stored.range)
     }
 
-    /// Reads one parameter in either form, in pieces, so that memory beyond the result stays small.
-    pub(crate) fn read_as(&self, param: &Param, dtype: DType, form: Form, cancel: &AtomicBool) -> Result<HostArray> {
-        let transposed = form != self.form() && param.layout == Layout::Transposed;
-        let (rows, columns) = self.matrix(param);
-        let mut array = HostArray::zeros(dtype, form.shape(param)).map_err(|e| {
-            Error::tensor(&self.path, &param.name, format!("no memory for {:?} of {dtype}: {e}", form.shape(param)))
-        })?;
-        let (width, step) = (columns * dtype.size(), rows_at_a_time(columns, dtype));
-        let mut reader = Rows { checkpoint: self, param, columns, dtype, scratch: Vec::new(), floats: Vec::new() };
-        let mut piece = vec![0; if transposed { step.min(rows) * width } else { 0 }];
-        for first in (0..rows).step_by(step) {
-            pool::check(cancel)?;
-            let count = step.min(rows - first);
-            if transposed {
-                let piece = &mut piece[..count * width];
-                reader.read(first, count, piece)?;
-                transpose_rows(piece, columns, first, array.as_bytes_mut(), rows, dtype.size());
-            } else {
-                reader.read(first, count, &mut array.as_bytes_mut()[first * width..(first + count) * width])?;
-            }
+    /// Reads one parameter in per-head form.
+    fn read_param(&self, param: &Param, dtype: DType, cancel: &AtomicBool) -> Result<HostArray> {
+        let mut array = self.memory(param, &param.shape, dtype)?;
+        let bytes = array.as_bytes().len() / param.pieces.len();
+        for (piece, slab) in array.as_bytes_mut().chunks_exact_mut(bytes).enumerate() {
+            self.read_into(param, piece, dtype, Form::PerHead, slab, cancel)?;
         }
         Ok(array)
     }
 
-    /// Bytes of memory that [`Checkpoint::read_as`] takes at most, the result included.
-    pub(crate) fn memory_to_read(&self, param: &Param, dtype: DType) -> u64 {
-        let (rows, columns) = self.matrix(param);
-        let piece = rows_at_a_time(columns, dtype).min(rows) * columns;
-        // a piece in its place's type, and before that as it is stored
-        (param.elements() * dtype.size() + piece * (dtype.size() + DType::F64.size())) as u64
+    /// Reads one piece of a parameter in either form.
+    pub(crate) fn read_piece(
+        &self,
+        param: &Param,
+        piece: usize,
+        dtype: DType,
+        form: Form,
+        cancel: &AtomicBool,
+    ) -> Result<HostArray> {
+        let mut array = self.memory(param, &[param.pieces[piece].elements()], dtype)?;
+        self.read_into(param, piece, dtype, form, array.as_bytes_mut(), cancel)?;
+        Ok(array)
     }
 
-    /// The stored tensor as a matrix: (rows, columns).
-    fn matrix(&self, param: &Param) -> (usize, usize) {
-        let (rows, columns) = (param.hf_shape[0], param.hf_shape[1..].iter().product());
-        if self.kind == Kind::PerHead && param.layout == Layout::Transposed { (columns, rows) } else { (rows, columns) }
+    fn memory(&self, param: &Param, shape: &[usize], dtype: DType) -> Result<HostArray> {
+        HostArray::zeros(dtype, shape)
+            .map_err(|e| Error::tensor(&self.path, &param.name, format!("no memory for {shape:?} of {dtype}: {e}")))
+    }
+
+    /// Reads one piece of a parameter, a few rows at a time, so that memory beyond the result stays small.
+    fn read_into(
+        &self,
+        param: &Param,
+        piece: usize,
+        dtype: DType,
+        form: Form,
+        out: &mut [u8],
+        cancel: &AtomicBool,
+    ) -> Result<()> {
+        let transposed = form != self.form() && param.layout == Layout::Transposed;
+        let (rows, columns) = self.matrix(param, piece);
+        let (width, step) = (columns * dtype.size(), rows_at_a_time(columns, dtype));
+        let mut reader = Rows::new(self, param, piece, dtype);
+        let mut grown = Grown::new(self, param, dtype, cancel)?;
+        let mut read = |first, count, out: &mut [u8]| match &mut grown {
+            Some(grown) => grown.read(&mut reader, first, count, out),
+            None => reader.read(first, count, out),
+        };
+        let mut some = vec![0; if transposed { step.min(rows) * width } else { 0 }];
+        for first in (0..rows).step_by(step) {
+            pool::check(cancel)?;
+            let count = step.min(rows - first);
+            if transposed {
+                let some = &mut some[..count * width];
+                read(first, count, some)?;
+                transpose_rows(some, columns, first, out, rows, dtype.size());
+            } else {
+                read(first, count, &mut out[first * width..(first + count) * width])?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Bytes of memory that [`Checkpoint::read_piece`] takes at most, the result included.
+    pub(crate) fn memory_to_read(&self, param: &Param, piece: usize, dtype: DType) -> u64 {
+        let (rows, columns) = self.matrix(param, piece);
+        let some = rows_at_a_time(columns, dtype).min(rows) * columns;
+        // some rows in their place's type, and before that as they are stored
+        (rows * columns * dtype.size() + some * (dtype.size() + DType::F64.size())) as u64
+    }
+
+    /// A piece as the matrix that is stored, all of it: (rows, columns).
+    fn matrix(&self, param: &Param, piece: usize) -> (usize, usize) {
+        let Piece { rows, .. } = param.pieces[piece];
+        let columns = param.pieces[piece].columns();
+        if self.is_transposed(param) { (columns, rows) } else { (rows, columns) }
+    }
+
+    /// The part of [`Checkpoint::matrix`] that lies on disk: all of it, unless the vocabulary has grown.
+    fn matrix_on_disk(&self, param: &Param, piece: usize) -> (usize, usize) {
+        let (rows, columns) = self.matrix(param, piece);
+        match self.grown(param) {
+            None => (rows, columns),
+            Some(extended) if self.is_transposed(param) => (rows, extended.vocab_size),
+            Some(extended) => (extended.vocab_size, columns),
+        }
+    }
+
+    /// Whether a parameter lies on disk as (columns, rows) of what Hugging Face's form has.
+    fn is_transposed(&self, param: &Param) -> bool {
+        self.kind == Kind::PerHead && param.layout == Layout::Transposed
     }
 
     fn unknown(&self, param: &Param) -> Error {
@@ -284,29 +352,39 @@ impl Checkpoint {
     }
 }
 
-/// Reads rows of one stored tensor as elements of `dtype`.
+/// Reads rows of one piece as elements of `dtype`.
 struct Rows<'a> {
     checkpoint: &'a Checkpoint,
     param: &'a Param,
-    columns: usize,
+    piece: usize,
     dtype: DType,
-    /// Stored bytes of a piece that is converted.
+    /// Stored bytes of rows that are converted.
     scratch: Vec<u8>,
-    /// Dequantized values of a piece.
+    /// Dequantized values of rows.
     floats: Vec<f32>,
 }
 
-impl Rows<'_> {
+impl<'a> Rows<'a> {
+    fn new(checkpoint: &'a Checkpoint, param: &'a Param, piece: usize, dtype: DType) -> Rows<'a> {
+        Rows { checkpoint, param, piece, dtype, scratch: Vec::new(), floats: Vec::new() }
+    }
+
     fn read(&mut self, first: usize, count: usize, out: &mut [u8]) -> Result<()> {
         let checkpoint = self.checkpoint;
-        let name = checkpoint.form().name(self.param);
-        let elements = count * self.columns;
+        let piece = &self.param.pieces[self.piece];
+        let (rows, columns) = checkpoint.matrix_on_disk(self.param, self.piece);
+        let elements = count * columns;
+        // a per-head tensor holds the pieces one after another
+        let (name, first) = match checkpoint.form() {
+            Form::HuggingFace => (piece.name.as_str(), piece.first_row + first),
+            Form::PerHead => (self.param.name.as_str(), self.piece * rows + first),
+        };
         let (file, narrowed) = match &checkpoint.source {
             Source::Folder(folder) => {
                 let (shard, Stored { dtype, range, .. }) =
                     folder.get(name).ok_or_else(|| checkpoint.unknown(self.param))?;
                 let from = float_type(*dtype).ok_or_else(|| checkpoint.unknown(self.param))?;
-                let offset = range.start + (first * self.columns * from.size()) as u64;
+                let offset = range.start + (first * columns * from.size()) as u64;
                 if from == self.dtype {
                     return shard.read_at(out, offset);
                 }

@@ -32,11 +32,22 @@ const TEMPLATES: &str = "additional_chat_templates";
 
 impl Checkpoint {
     /// The files beside the weights, name and content: those of the folder, or those that a GGUF file's metadata
-    /// stands for (`tokenizer.json`, `tokenizer_config.json`, …). `config.json` is not among them.
+    /// stands for (`tokenizer.json`, `tokenizer_config.json`, …), with added tokens in them. `config.json` is not among them.
     ///
     /// # Errors
     /// [`Error::Io`] for a file that cannot be read; for a GGUF file, metadata that makes no tokenizer.
     pub fn side_files(&self) -> Result<Vec<(String, Vec<u8>)>> {
+        let mut files = self.files_of_source()?;
+        for (name, content) in self.extended.iter().flat_map(|extended| &extended.files) {
+            match files.iter_mut().find(|(found, _)| found == name) {
+                Some((_, old)) => old.clone_from(content),
+                None => files.push((name.clone(), content.clone())),
+            }
+        }
+        Ok(files)
+    }
+
+    fn files_of_source(&self) -> Result<Vec<(String, Vec<u8>)>> {
         match &self.source {
             Source::Gguf(gguf) => gguf.tokenizer_files(),
             Source::Folder(_) => {
@@ -62,6 +73,9 @@ impl Checkpoint {
     /// # Errors
     /// The same.
     pub fn side_file(&self, name: &str) -> Result<Option<Vec<u8>>> {
+        if let Some(content) = self.extended.as_ref().and_then(|extended| extended.files.get(name)) {
+            return Ok(Some(content.clone()));
+        }
         match &self.source {
             Source::Gguf(gguf) => {
                 Ok(gguf.tokenizer_files()?.into_iter().find(|(found, _)| found == name).map(|(_, content)| content))

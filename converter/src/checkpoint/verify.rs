@@ -7,7 +7,7 @@ use super::Form;
 use crate::DType;
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
-use crate::layout::{Llama, Param};
+use crate::layout::{HfTensor, Llama, Param};
 
 /// What a checkpoint holds under one name.
 pub(super) struct Found<'a> {
@@ -30,23 +30,26 @@ pub(super) fn verify(
 ) -> Result<(Llama<Param>, Vec<String>)> {
     let mut missing = Vec::new();
     let mut wrong: Vec<Error> = Vec::new();
-    let params = Llama::declare(cfg).map(&mut |mut param: Param| {
-        let (name, shape) = (form.name(&param), form.shape(&param));
-        match found.remove(name) {
+    let declared = Llama::declare(cfg);
+    let mut params = declared.clone().into_leaves();
+    for HfTensor { name, shape, parts } in form.tensors(&declared) {
+        match found.remove(name.as_str()) {
             None => missing.push(format!("{name} {shape:?}")),
             Some(Found { file, shape: there, .. }) if there != shape => {
-                let what =
-                    format!("expected shape {shape:?} from config.json ({}), found {there:?}", param.arithmetic(cfg));
-                wrong.push(Error::tensor(file, name, what));
+                let mut sizes: Vec<String> = parts.iter().map(|&(i, _)| params[i].arithmetic(cfg)).collect();
+                sizes.dedup();
+                let sizes = sizes.join("; ");
+                let what = format!("expected shape {shape:?} from config.json ({sizes}), found {there:?}");
+                wrong.push(Error::tensor(file, &name, what));
             }
             Some(Found { file, dtype: Err(name_there), .. }) => {
                 let what = format!("its type {name_there} is not supported; supported: F16, BF16, F32, F64");
-                wrong.push(Error::tensor(file, name, what));
+                wrong.push(Error::tensor(file, &name, what));
             }
-            Some(Found { dtype: Ok(dtype), .. }) => param.dtype = dtype,
+            Some(Found { dtype: Ok(dtype), .. }) => parts.iter().for_each(|&(i, _)| params[i].dtype = dtype),
         }
-        param
-    });
+    }
+    let params = declared.from_leaves(params).expect("as many as were declared");
 
     let mut notes = Vec::new();
     let all = found.len();
@@ -57,11 +60,18 @@ pub(super) fn verify(
             all - found.len()
         ));
     }
+    let all = found.len();
+    // What predicts further tokens stands as blocks after the last.
+    let next = format!("model.layers.{}.", cfg.n_layers);
+    found.retain(|name, _| !(cfg.predicts_further() && name.starts_with(&next)));
+    if found.len() < all {
+        notes.push(format!("{} tensors of {next}* are not used: they predict further tokens", all - found.len()));
+    }
     if cfg.tie_word_embeddings
         && form == Form::HuggingFace
         && let Some(head) = found.remove(LM_HEAD)
     {
-        let expected = &params.embedding.hf_shape;
+        let expected = &params.embedding.pieces[0].shape;
         if head.shape != expected {
             let what = format!(
                 "tie_word_embeddings is true, so it must have the embedding's shape {expected:?}, found {:?}",

@@ -9,6 +9,8 @@ const HARMLESS: &[&str] = &[
     "finetuning_task",
     "id2label",
     "is_llama_config",
+    "num_mtp_layers",
+    "num_nextn_predict_layers",
     "keys_to_ignore_at_inference",
     "label2id",
     "max_sequence_length",
@@ -26,11 +28,13 @@ const HARMLESS: &[&str] = &[
     "unsloth_fixed",
     "unsloth_version",
     // output options, caching, and splits of the same sums
+    "cache_implementation",
     "chunk_size_feed_forward",
     "cross_attention_hidden_size",
     "is_decoder",
     "output_attentions",
     "output_hidden_states",
+    "output_router_logits",
     "pretraining_tp",
     "return_dict",
     "return_dict_in_generate",
@@ -46,6 +50,9 @@ const HARMLESS: &[&str] = &[
     "gradient_checkpointing",
     "hidden_dropout",
     "initializer_range",
+    "router_aux_loss_coef",
+    "router_jitter_noise",
+    "router_z_loss_coef",
     "loss_type",
     "neftune_noise_alpha",
     "resid_pdrop",
@@ -80,7 +87,7 @@ const HARMLESS: &[&str] = &[
 /// The only supported value of a key that changes the result, as messages print it; null is supported for all.
 pub(super) fn required_value(key: &str) -> Option<&'static str> {
     Some(match key {
-        "add_cross_attention" | "is_encoder_decoder" | "rope_interleaved" | "use_sliding_window" => "false",
+        "add_cross_attention" | "is_encoder_decoder" | "rope_interleaved" | "use_bidirectional_attention" => "false",
         "layer_types" => "\"full_attention\" for every layer",
         "partial_rotary_factor" => "1.0",
         "pruned_heads" => "{}",

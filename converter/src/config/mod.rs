@@ -4,7 +4,9 @@
 //! nothing is in a list of such keys. Both spellings are read: transformers 4 (`rope_theta`, `rope_scaling`, `torch_dtype`) and
 //! transformers 5 (`rope_parameters`, `dtype`); a file with both must say the same in both.
 
+mod family;
 mod keys;
+mod moe;
 mod rope;
 
 use std::path::Path;
@@ -14,7 +16,12 @@ use serde_json::{Map, Value};
 use crate::DType;
 use crate::error::{Error, Result};
 
-pub use rope::{Rope, RopeKind};
+pub(crate) use family::Names;
+pub use family::QkNorm;
+use family::{FAMILIES, Family, Sizes};
+pub use moe::{ExpertGroups, MoeConfig, Router, SharedExpert};
+pub(crate) use rope::extend;
+pub use rope::{ExtensionKind, Rope, RopeExtension, RopeKind};
 
 /// The configuration of a model. Letters in brackets are the axis letters used everywhere.
 #[derive(Clone, Debug, PartialEq)]
@@ -39,12 +46,22 @@ pub struct ModelConfig {
     pub max_position_embeddings: usize,
     /// Added to the mean square in RMSNorm.
     pub rms_norm_eps: f64,
-    /// Rotary position embedding.
-    pub rope: Rope,
+    /// What each layer is made of.
+    pub layers: Vec<LayerConfig>,
+    /// The rotary position embeddings that layers refer to.
+    pub ropes: Vec<Rope>,
+    /// Attention, as all layers have it.
+    pub attention: AttentionConfig,
+    /// The mixture of experts, if layers have one.
+    pub moe: Option<MoeConfig>,
+    /// What a norm's weight is added to before it multiplies: 0, or 1 (Gemma).
+    pub norm_offset: f64,
+    /// What the embedding is multiplied with: 1, or √d_model (Gemma).
+    pub embedding_scale: f64,
+    /// c, where logits become c·tanh(logits / c).
+    pub logit_softcap: Option<f64>,
     /// Whether the output head is the embedding.
     pub tie_word_embeddings: bool,
-    /// Whether the q, k, v and output projections have biases.
-    pub attention_bias: bool,
     /// Whether the three feed-forward projections have biases.
     pub mlp_bias: bool,
     /// The function on the gate of the feed-forward.
@@ -57,8 +74,36 @@ pub struct ModelConfig {
     pub pad_token_id: Option<u32>,
     /// The element type that the configuration names; the tensors' own types are in the checkpoint.
     pub dtype: Option<DType>,
+    /// How tensors are called.
+    pub(crate) names: &'static Names,
     /// The whole `config.json`, keys in order.
     pub raw: Value,
+}
+
+/// What differs from layer to layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct LayerConfig {
+    /// How many positions a query sees, itself included; all before it if `None`.
+    pub window: Option<usize>,
+    /// Which of [`ModelConfig::ropes`] turns queries and keys; none if `None`.
+    pub rope: Option<usize>,
+    /// Whether the feed-forward is the mixture of experts.
+    pub sparse: bool,
+}
+
+/// Attention, as all layers have it.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct AttentionConfig {
+    /// What q·k is multiplied with.
+    pub scale: f64,
+    /// c, where scores become c·tanh(scores / c).
+    pub softcap: Option<f64>,
+    /// Whether the q, k and v projections have biases.
+    pub qkv_bias: bool,
+    /// Whether the output projection has one.
+    pub out_bias: bool,
+    /// RMSNorm of queries and keys.
+    pub qk_norm: Option<QkNorm>,
 }
 
 /// The function on the gate of the feed-forward.
@@ -85,16 +130,6 @@ impl Activation {
         ("relu", Activation::Relu),
     ];
 }
-
-/// A member of the family: what `model_type` selects. Another member is another entry of [`FAMILIES`].
-struct Family {
-    model_type: &'static str,
-    /// Values of `architectures` that are this model with its language head.
-    architectures: &'static [&'static str],
-}
-
-const FAMILIES: &[Family] =
-    &[Family { model_type: "llama", architectures: &["LlamaForCausalLM", "LLaMAForCausalLM", "LlamaForCausalLm"] }];
 
 /// What one axis letter stands for.
 pub(crate) struct Axis {
@@ -127,16 +162,22 @@ impl ModelConfig {
         let mut keys = Keys { object, file, read: Vec::new() };
         let family = family(&mut keys)?;
 
+        let defaults = &family.defaults;
         let d_model = keys.size("hidden_size")?;
+        let n_layers = keys.size("num_hidden_layers")?;
         let n_heads = keys.size("num_attention_heads")?;
-        let n_kv_heads = keys.optional_size("num_key_value_heads")?.unwrap_or(n_heads);
+        let n_kv_heads = match keys.optional_size("num_key_value_heads")? {
+            Some(n) => n,
+            None if object.contains_key("num_key_value_heads") => n_heads,
+            None => defaults.n_kv_heads.unwrap_or(n_heads),
+        };
         if n_heads % n_kv_heads != 0 {
             let what = format!(
                 "{n_heads} query heads cannot share {n_kv_heads} key/value heads evenly; num_attention_heads must be a multiple"
             );
             return Err(keys.error("num_key_value_heads", what));
         }
-        let head_dim = match keys.optional_size("head_dim")? {
+        let head_dim = match keys.optional_size("head_dim")?.or(defaults.head_dim) {
             Some(size) => size,
             None if d_model % n_heads == 0 => d_model / n_heads,
             None => {
@@ -151,35 +192,54 @@ impl ModelConfig {
             );
         }
         let vocab_size = keys.size("vocab_size")?;
-        let rms_norm_eps = keys.number("rms_norm_eps")?.unwrap_or(1e-6);
+        let rms_norm_eps = keys.number("rms_norm_eps")?.unwrap_or(defaults.rms_norm_eps);
         if !(0.0..1.0).contains(&rms_norm_eps) {
             return Err(keys
                 .error("rms_norm_eps", format!("expected a small number that is not negative, found {rms_norm_eps}")));
         }
+        let d_ff = keys.size("intermediate_size")?;
+        check_parameter_count(&keys, [vocab_size, d_model, n_layers, n_heads, n_kv_heads, head_dim, d_ff])?;
+        let max_position_embeddings =
+            keys.optional_size("max_position_embeddings")?.unwrap_or(defaults.max_position_embeddings);
+        let blocks = (family.read)(&mut keys, &Sizes { n_layers, d_ff })?;
+        let ropes = rope::read(&mut keys, head_dim, max_position_embeddings, &defaults.rope)?;
+        let [bos, eos, pad] = defaults.token_ids;
         let cfg = ModelConfig {
             model_type: family.model_type.to_string(),
             vocab_size,
             d_model,
-            n_layers: keys.size("num_hidden_layers")?,
+            n_layers,
             n_heads,
             n_kv_heads,
             head_dim,
-            d_ff: keys.size("intermediate_size")?,
-            max_position_embeddings: keys.optional_size("max_position_embeddings")?.unwrap_or(2048),
+            d_ff,
+            max_position_embeddings,
             rms_norm_eps,
-            rope: rope::read(&mut keys)?,
-            tie_word_embeddings: keys.flag("tie_word_embeddings")?,
-            attention_bias: keys.flag("attention_bias")?,
-            mlp_bias: keys.flag("mlp_bias")?,
-            hidden_act: keys.activation()?,
-            bos_token_id: keys.token_ids("bos_token_id", Some(1), vocab_size)?.first().copied(),
-            eos_token_ids: keys.token_ids("eos_token_id", Some(2), vocab_size)?,
-            pad_token_id: keys.token_ids("pad_token_id", None, vocab_size)?.first().copied(),
+            layers: blocks.layers(n_layers, ropes.sliding.is_some()),
+            ropes: std::iter::once(ropes.full).chain(ropes.sliding).collect(),
+            attention: AttentionConfig {
+                scale: blocks.query_scalar.unwrap_or(head_dim as f64).powf(-0.5),
+                softcap: blocks.attention_softcap,
+                qkv_bias: blocks.qkv_bias,
+                out_bias: blocks.out_bias,
+                qk_norm: blocks.qk_norm,
+            },
+            moe: blocks.moe,
+            norm_offset: if blocks.gemma { 1.0 } else { 0.0 },
+            embedding_scale: if blocks.gemma { (d_model as f64).sqrt() } else { 1.0 },
+            logit_softcap: blocks.logit_softcap,
+            tie_word_embeddings: keys.optional_flag("tie_word_embeddings")?.unwrap_or(defaults.tie_word_embeddings),
+            mlp_bias: blocks.mlp_bias,
+            hidden_act: keys.activation(defaults.activation_key)?,
+            bos_token_id: keys.token_ids("bos_token_id", bos, vocab_size)?.first().copied(),
+            eos_token_ids: keys.token_ids("eos_token_id", eos, vocab_size)?,
+            pad_token_id: keys.token_ids("pad_token_id", pad, vocab_size)?.first().copied(),
             dtype: keys.dtype()?,
+            names: &family.names,
             raw: value.clone(),
         };
         keys.check_the_rest()?;
-        cfg.check_parameter_count(file)?;
+        cfg.check_expert_count(file)?;
         Ok(cfg)
     }
 
@@ -188,9 +248,11 @@ impl ModelConfig {
         self.n_heads / self.n_kv_heads
     }
 
-    /// What the axis letter stands for.
+    /// What the axis letter stands for. F is that of the dense feed-forward; experts have their own.
     pub(crate) fn axis(&self, letter: char) -> Axis {
+        let experts = self.moe.as_ref().map_or(0, |moe| moe.n_experts);
         let (size, noun, logical) = match letter {
+            'E' => (experts, "experts", "experts"),
             'V' => (self.vocab_size, "vocabulary", "vocab"),
             'M' => (self.d_model, "hidden", "embed"),
             'H' => (self.n_heads, "heads", "heads"),
@@ -202,20 +264,58 @@ impl ModelConfig {
         Axis { size, noun, logical }
     }
 
-    /// Refuses configurations whose parameters no machine could hold, so that later products cannot overflow.
-    fn check_parameter_count(&self, file: &Path) -> Result<()> {
-        const LIMIT: u128 = 1 << 45;
-        let [v, m, l, h, g, k, f] =
-            [self.vocab_size, self.d_model, self.n_layers, self.n_heads, self.n_kv_heads, self.head_dim, self.d_ff]
-                .map(|size| size as u128);
-        let total = 2 * v * m + l * (2 * m * (h + g) * k + 3 * m * f);
-        if total > LIMIT {
-            let what =
-                format!("the sizes multiply to {total} parameters, more than {LIMIT}: one of them must be wrong");
-            return Err(Error::config(file, "hidden_size", what));
+    /// Positions that the model is made for: `max_position_embeddings`, times the factor where dynamic NTK stretches.
+    pub fn context_len(&self) -> usize {
+        let stretch = |rope: &Rope| match rope.kind {
+            RopeKind::Dynamic { factor, .. } => (self.max_position_embeddings as f64 * factor.max(1.0)) as usize,
+            _ => self.max_position_embeddings,
+        };
+        self.ropes.iter().map(stretch).max().unwrap_or(self.max_position_embeddings)
+    }
+
+    /// The windows that layers have, each once.
+    pub fn windows(&self) -> Vec<usize> {
+        let mut windows: Vec<usize> = self.layers.iter().filter_map(|layer| layer.window).collect();
+        windows.sort_unstable();
+        windows.dedup();
+        windows
+    }
+
+    /// Whether a checkpoint may hold one more block, which predicts the token after the next (`num_nextn_predict_layers`).
+    pub(crate) fn predicts_further(&self) -> bool {
+        self.raw.get("num_nextn_predict_layers").and_then(Value::as_u64).is_some_and(|n| n > 0)
+    }
+
+    /// Refuses mixtures that no machine could hold.
+    fn check_expert_count(&self, file: &Path) -> Result<()> {
+        let Some(moe) = &self.moe else { return Ok(()) };
+        let shared = moe.shared.map_or(0, |shared| shared.d_ff);
+        let width = moe.n_experts as u128 * moe.d_ff as u128 + shared as u128;
+        let total = 3 * self.n_layers as u128 * self.d_model as u128 * width;
+        if total > PARAMETER_LIMIT {
+            let what = format!(
+                "{} experts of width {} in {} layers are {total} parameters, more than {PARAMETER_LIMIT}: one of the sizes must be wrong",
+                moe.n_experts, moe.d_ff, self.n_layers
+            );
+            return Err(Error::config(file, "moe_intermediate_size", what));
         }
         Ok(())
     }
+}
+
+/// More parameters than any machine could hold.
+const PARAMETER_LIMIT: u128 = 1 << 45;
+
+/// Refuses sizes whose parameters no machine could hold, so that later products cannot overflow.
+fn check_parameter_count(keys: &Keys<'_>, sizes: [usize; 7]) -> Result<()> {
+    let [v, m, l, h, g, k, f] = sizes.map(|size| size as u128);
+    let total = 2 * v * m + l * (2 * m * (h + g) * k + 3 * m * f);
+    if total > PARAMETER_LIMIT {
+        let what =
+            format!("the sizes multiply to {total} parameters, more than {PARAMETER_LIMIT}: one of them must be wrong");
+        return Err(keys.error("hidden_size", what));
+    }
+    Ok(())
 }
 
 /// Finds the entry of [`FAMILIES`] that the file is about.
@@ -283,13 +383,47 @@ impl<'a> Keys<'a> {
         }
     }
 
-    /// A boolean that is false when absent.
-    fn flag(&mut self, key: &'static str) -> Result<bool> {
+    /// A number above 0.
+    fn positive(&mut self, key: &'static str) -> Result<Option<f64>> {
+        match self.number(key)? {
+            Some(x) if x <= 0.0 => Err(self.error(key, format!("expected a number above 0, found {x}"))),
+            found => Ok(found),
+        }
+    }
+
+    /// A whole number, 0 included.
+    fn optional_count(&mut self, key: &'static str) -> Result<Option<usize>> {
+        let Some(value) = self.get(key) else { return Ok(None) };
+        match value.as_u64().filter(|&n| n <= i32::MAX as u64) {
+            Some(n) => Ok(Some(n as usize)),
+            None => Err(self.error(key, format!("expected a whole number from 0 to {}, found {value}", i32::MAX))),
+        }
+    }
+
+    fn optional_flag(&mut self, key: &'static str) -> Result<Option<bool>> {
         match self.get(key) {
-            None => Ok(false),
-            Some(Value::Bool(b)) => Ok(*b),
+            None => Ok(None),
+            Some(Value::Bool(b)) => Ok(Some(*b)),
             Some(other) => Err(self.error(key, format!("expected true or false, found {other}"))),
         }
+    }
+
+    /// A boolean that is false when absent.
+    fn flag(&mut self, key: &'static str) -> Result<bool> {
+        Ok(self.optional_flag(key)?.unwrap_or(false))
+    }
+
+    /// One item per layer, each as `item` reads it.
+    fn list<T>(&mut self, key: &'static str, len: usize, item: impl Fn(&Value) -> Option<T>) -> Result<Option<Vec<T>>> {
+        let Some(value) = self.get(key) else { return Ok(None) };
+        let Some(list) = value.as_array().filter(|list| list.len() == len) else {
+            let found = value.as_array().map_or_else(|| value.to_string(), |list| format!("{} items", list.len()));
+            return Err(
+                self.error(key, format!("expected a list with one item for each of {len} layers, found {found}"))
+            );
+        };
+        let one = |v: &Value| item(v).ok_or_else(|| self.error(key, format!("{v} is not supported")));
+        list.iter().map(one).collect::<Result<_>>().map(Some)
     }
 
     /// One id, a list of ids, or none. `default` is what transformers assumes when the key is absent (not null).
@@ -314,15 +448,16 @@ impl<'a> Keys<'a> {
             .collect()
     }
 
-    fn activation(&mut self) -> Result<Activation> {
-        let name = match self.get("hidden_act") {
+    fn activation(&mut self, key: &'static str) -> Result<Activation> {
+        let name = match self.get(key) {
+            None if key == "hidden_activation" => return Ok(Activation::GeluTanh),
             None => return Ok(Activation::Silu),
             Some(value) => value.as_str().map_or_else(|| value.to_string(), str::to_string),
         };
         let found = Activation::NAMES.iter().find(|(known, _)| *known == name);
         found.map(|&(_, act)| act).ok_or_else(|| {
             let known = Activation::NAMES.map(|(name, _)| name).join(", ");
-            self.error("hidden_act", format!("`{name}` is not supported; supported: {known}"))
+            self.error(key, format!("`{name}` is not supported; supported: {known}"))
         })
     }
 

@@ -47,9 +47,9 @@ fn both_spellings_mean_the_same() {
     let mut parameters = llama3;
     parameters["rope_theta"] = json!(5e5);
     let new = with(json!({"rope_parameters": parameters, "dtype": "bfloat16"})).expect("valid");
-    assert_eq!((old.rope, old.dtype), (new.rope, new.dtype));
+    assert_eq!((&old.ropes, old.dtype), (&new.ropes, new.dtype));
     assert_eq!(
-        new.rope.kind,
+        new.ropes[0].kind,
         RopeKind::Llama3 {
             factor: 8.0,
             low_freq_factor: 1.0,
@@ -59,7 +59,7 @@ fn both_spellings_mean_the_same() {
     );
     let linear =
         with(json!({"rope_parameters": null, "rope_scaling": {"type": "linear", "factor": 2}})).expect("valid");
-    assert_eq!(linear.rope, Rope { theta: 10_000.0, kind: RopeKind::Linear { factor: 2.0 } });
+    assert_eq!(linear.ropes, [Rope { theta: 10_000.0, dim: 8, kind: RopeKind::Linear { factor: 2.0 } }]);
 }
 
 #[test]
@@ -79,7 +79,7 @@ fn what_is_said_twice_must_agree() {
     assert!(message(json!({"rope_scaling": {"type": "linear", "factor": 2.0}})).contains("contradicts rope_scaling"));
     assert!(
         message(json!({"rope_parameters": {"rope_type": "linear", "type": "default", "factor": 2.0}}))
-            .contains("contradicts type")
+            .contains("contradicts")
     );
     with(json!({"rope_theta": 5e5, "rope_scaling": null, "torch_dtype": "float32"})).expect("the same in both");
 }
@@ -87,14 +87,13 @@ fn what_is_said_twice_must_agree() {
 #[test]
 fn whatever_changes_the_result_is_refused_by_name() {
     for (changes, part) in [
-        (json!({"model_type": "mamba"}), "model_type: `mamba` is not supported; supported: llama"),
+        (
+            json!({"model_type": "mamba"}),
+            "model_type: `mamba` is not supported; supported: llama, mistral, mixtral, qwen2, qwen3, qwen2_moe, qwen3_moe, glm4_moe, phi3, gemma2, gemma3_text, smollm3, olmo2",
+        ),
         (json!({"model_type": null}), "model_type: required"),
         (json!({"architectures": ["LlamaForSequenceClassification"]}), "architectures: "),
         (json!({"hidden_act": "mish"}), "hidden_act: `mish`"),
-        (
-            json!({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}),
-            "\"yarn\" is not supported; supported: default, linear, llama3",
-        ),
         (json!({"rope_parameters": {"rope_type": "linear"}}), "factor must be a number above 0"),
         (json!({"rope_parameters": {"rope_type": "default", "factor": 4.0}}), "factor 4.0 is not supported"),
         (json!({"rope_parameters": 3}), "expected an object, found 3"),
@@ -141,29 +140,99 @@ fn absurd_sizes_are_refused() {
     }
 }
 
-#[test]
-fn frequencies() {
-    let rope = Rope { theta: 10_000.0, kind: RopeKind::Default };
-    assert_eq!(rope.inv_freq(8), [1.0, 0.1f32 as f64, 0.01f32 as f64, 0.001f32 as f64]);
-    let linear = Rope { kind: RopeKind::Linear { factor: 4.0 }, ..rope };
-    assert_eq!(linear.inv_freq(4), [0.25, 0.0025f32 as f64]);
+/// A configuration of another member, with the sizes of `small_json`.
+fn member(model_type: &str, architecture: &str, changes: Value) -> Result<ModelConfig> {
+    let mut value =
+        json!({"model_type": model_type, "architectures": [architecture], "attention_bias": null, "mlp_bias": null});
+    value.as_object_mut().expect("an object").extend(changes.as_object().expect("an object").clone());
+    with(value)
+}
 
-    // from transformers 5.23: ROPE_INIT_FUNCTIONS["llama3"] with Llama 3.1's values; 24 is kept, 40 divided
-    let stretch = RopeKind::Llama3 {
-        factor: 8.0,
-        low_freq_factor: 1.0,
-        high_freq_factor: 4.0,
-        original_max_position_embeddings: 8192.0,
-    };
-    let llama3 = Rope { theta: 500_000.0, kind: stretch }.inv_freq(128);
-    let expected = [
-        (24, 0.00729266507551074),
-        (29, 0.0021665706299245358),
-        (31, 0.0008567514596506953),
-        (34, 0.0001785077911335975),
-        (40, 3.428102354519069e-05),
-    ];
-    for (i, value) in expected {
-        assert_eq!(llama3[i], value, "{i}");
+#[test]
+fn each_member_has_its_blocks() {
+    let windows = |cfg: &ModelConfig| cfg.layers.iter().map(|layer| layer.window).collect::<Vec<_>>();
+    let mistral = member("mistral", "MistralForCausalLM", json!({"sliding_window": 16})).expect("valid");
+    assert_eq!(windows(&mistral), [Some(16), Some(16)]);
+    let absent = member("mistral", "MistralForCausalLM", json!({})).expect("valid");
+    let null = ModelConfig::from_value(
+        &{
+            let mut raw = absent.raw.clone();
+            raw["sliding_window"] = Value::Null;
+            raw
+        },
+        Path::new("c"),
+    )
+    .expect("valid");
+    assert_eq!((windows(&absent), windows(&null)), (vec![Some(4096); 2], vec![None; 2]));
+
+    let qwen = |changes| member("qwen2", "Qwen2ForCausalLM", changes).expect("valid");
+    assert!(qwen(json!({})).attention.qkv_bias && !qwen(json!({})).attention.out_bias);
+    assert_eq!(windows(&qwen(json!({"sliding_window": 16, "max_window_layers": 0}))), [None, None]);
+    let some = json!({"use_sliding_window": true, "sliding_window": 16, "max_window_layers": 1});
+    assert_eq!(windows(&qwen(some)), [None, Some(16)]);
+
+    let gemma = json!({"sliding_window": 16, "layer_types": ["full_attention", "sliding_attention"], "hidden_act": null,
+                       "hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 64, "rope_parameters": null,
+                       "rope_theta": 1e6, "rope_local_base_freq": 1e4});
+    let gemma = member("gemma3_text", "Gemma3ForCausalLM", gemma).expect("valid");
+    assert_eq!(
+        gemma.layers.iter().map(|l| (l.window, l.rope)).collect::<Vec<_>>(),
+        [(None, Some(0)), (Some(16), Some(1))]
+    );
+    assert_eq!((gemma.attention.scale, gemma.norm_offset, gemma.embedding_scale), (0.125, 1.0, 20f64.sqrt()));
+    assert_eq!((gemma.ropes[0].theta, gemma.ropes[1].theta), (1e6, 1e4));
+
+    let smol = member("smollm3", "SmolLM3ForCausalLM", json!({"no_rope_layers": [1, 0]})).expect("valid");
+    assert_eq!(smol.layers.iter().map(|l| l.rope).collect::<Vec<_>>(), [Some(0), None]);
+
+    let glm = json!({"n_routed_experts": 8, "num_experts_per_tok": 2, "n_group": 4, "topk_group": 2, "n_shared_experts": 2,
+                     "moe_intermediate_size": 12, "routed_scaling_factor": 1.5, "use_qk_norm": true});
+    let glm = member("glm4_moe", "Glm4MoeForCausalLM", glm).expect("valid");
+    let moe = glm.moe.as_ref().expect("experts");
+    assert_eq!((moe.groups, moe.scale, glm.ropes[0].dim), (Some(ExpertGroups { count: 4, kept: 2 }), 1.5, 4));
+    assert_eq!(moe.shared, Some(SharedExpert { d_ff: 24, gated: false }));
+    assert_eq!(glm.layers.iter().map(|l| l.sparse).collect::<Vec<_>>(), [false, true]);
+}
+
+#[test]
+fn what_a_member_cannot_be_is_refused() {
+    let mixtral = |changes| member("mixtral", "MixtralForCausalLM", changes).expect_err("must be refused").to_string();
+    let glm = |changes| member("glm4_moe", "Glm4MoeForCausalLM", changes).expect_err("must be refused").to_string();
+    for (found, part) in [
+        (mixtral(json!({"num_local_experts": 2, "num_experts_per_tok": 3})), "3 is more than the 2 experts"),
+        (mixtral(json!({"shared_expert_intermediate_size": 4})), "shared_expert_intermediate_size: unknown key"),
+        (glm(json!({"n_routed_experts": 9, "n_group": 2})), "2 groups do not divide n_routed_experts 9"),
+        (
+            glm(json!({"n_routed_experts": 8, "n_group": 4, "topk_group": 1, "num_experts_per_tok": 3})),
+            "too few experts",
+        ),
+        (
+            member("gemma2", "Gemma2ForCausalLM", json!({"layer_types": ["full_attention"]}))
+                .expect_err("one of two")
+                .to_string(),
+            "one item for each of 2 layers, found 1 items",
+        ),
+        (
+            member(
+                "qwen3",
+                "Qwen3ForCausalLM",
+                json!({"layer_types": ["chunked_attention", "full_attention"], "use_sliding_window": true}),
+            )
+            .expect_err("another attention")
+            .to_string(),
+            "\"chunked_attention\" is not supported",
+        ),
+        (
+            member(
+                "gemma3_text",
+                "Gemma3ForCausalLM",
+                json!({"use_bidirectional_attention": true, "rope_parameters": null}),
+            )
+            .expect_err("not causal")
+            .to_string(),
+            "use_bidirectional_attention: true changes the result",
+        ),
+    ] {
+        assert!(found.contains(part), "{found}");
     }
 }

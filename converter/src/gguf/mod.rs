@@ -1,9 +1,10 @@
-//! GGUF files of the architecture `llama`: weights as float32 in Hugging Face's names, shapes and row order, and the
-//! configuration and tokenizer files that a Hugging Face folder would have.
+//! GGUF files: weights as float32 in Hugging Face's names, shapes, values and row order, and the configuration and
+//! tokenizer files that a Hugging Face folder would have. The architectures are a table, `arch.rs`.
 //!
 //! Opening reads the head of the file only; weights are read row by row when asked for. The file is never trusted:
 //! whatever it claims is checked first, and a wrong claim is an [`Error`] that says which.
 
+mod arch;
 mod config;
 mod header;
 mod metadata;
@@ -22,17 +23,25 @@ use std::path::{Path, PathBuf};
 use serde_json::Value as Json;
 
 use crate::error::Error;
+use arch::Architecture;
+use config::{Heads, Keys};
 use header::{Header, TensorInfo};
-use names::Rotary;
+use names::Role;
+use rows::Form;
 use source::Source;
 
 pub use metadata::{Metadata, Value};
 pub use quant::TensorType;
 
-/// The architecture that can be read, as `general.architecture` spells it.
-const ARCHITECTURE: &str = "llama";
-/// Rotary frequency divisors; part of the configuration in Hugging Face's form.
+/// The key that names the architecture.
+const ARCHITECTURE: &str = "general.architecture";
+/// Divisors of rotary frequencies; part of the configuration in Hugging Face's form.
 const ROPE_FACTORS: &str = "rope_freqs.weight";
+const ROPE_FACTORS_LONG: &str = "rope_factors_long.weight";
+const ROPE_FACTORS_SHORT: &str = "rope_factors_short.weight";
+
+/// No real model has more tensors, each expert's counted; bounds the memory that a hostile file can ask for.
+const MAX_TENSORS: usize = 1 << 20;
 
 /// An open GGUF file. Shared between threads by reference.
 #[derive(Debug)]
@@ -40,18 +49,19 @@ pub struct GgufFile {
     path: PathBuf,
     source: Source,
     metadata: Metadata,
+    architecture: &'static Architecture,
     tensors: Vec<GgufTensor>,
     by_name: HashMap<String, usize>,
-    /// The tensor [`ROPE_FACTORS`], if there is one.
-    rope_factors: Option<TensorInfo>,
+    /// Those of the tensors [`ROPE_FACTORS`], [`ROPE_FACTORS_LONG`] and [`ROPE_FACTORS_SHORT`] that there are.
+    rope_factors: Vec<TensorInfo>,
 }
 
-/// One tensor as it would stand in a Hugging Face checkpoint.
+/// One tensor as it would stand in a Hugging Face checkpoint. Of a tensor that has all experts, each expert is one.
 #[derive(Clone, Debug)]
 pub struct GgufTensor {
     info: TensorInfo,
     hf_name: String,
-    heads: Option<usize>,
+    form: Form,
 }
 
 impl GgufTensor {
@@ -86,7 +96,7 @@ impl GgufFile {
     ///
     /// # Errors
     /// [`Error::Io`]; [`Error::Format`] for a file that is not GGUF of version 2 or 3, is big-endian, truncated or
-    /// inconsistent; [`Error::Config`] for another architecture; [`Error::Tensor`] for a tensor that the architecture
+    /// inconsistent; [`Error::Config`] for an unknown architecture; [`Error::Tensor`] for a tensor that the architecture
     /// does not have, of a type that cannot be read, or placed outside the file.
     pub fn open(path: &Path) -> Result<Self, Error> {
         let file = File::open(path).map_err(Error::io(path, "opening"))?;
@@ -107,48 +117,26 @@ impl GgufFile {
 
     fn new(header: Header, source: Source, path: &Path) -> Result<Self, Error> {
         let Header { metadata, tensors } = header;
-        let architecture =
-            metadata.str("general.architecture")?.ok_or_else(|| metadata.missing("general.architecture"))?;
-        if architecture != ARCHITECTURE {
-            let message = format!("must be `{ARCHITECTURE}`, the one supported architecture, found `{architecture}`");
-            return Err(Error::config(path, "general.architecture", message));
-        }
+        let name = metadata.str(ARCHITECTURE)?.ok_or_else(|| metadata.missing(ARCHITECTURE))?;
+        let architecture = Architecture::find(name).map_err(|what| Error::config(path, ARCHITECTURE, what))?;
         if let Some(parts @ 2..) = metadata.u64("split.count")? {
             let message = format!("is {parts}: this is one part of a split model; merge the parts into one file first");
             return Err(Error::config(path, "split.count", message));
         }
 
-        let heads = config::Heads::read(&metadata)?;
-        let mut this = Self {
-            path: path.to_owned(),
-            source,
-            metadata,
-            tensors: vec![],
-            by_name: HashMap::new(),
-            rope_factors: None,
-        };
+        let keys = Keys { metadata: &metadata, architecture };
+        let (heads, layers) = (Heads::read(&keys)?, keys.layers()?);
+        let mut found = Vec::new();
+        let mut rope_factors = Vec::new();
         for info in tensors {
-            if info.name == ROPE_FACTORS {
-                this.rope_factors = Some(info);
-                continue;
+            if [ROPE_FACTORS, ROPE_FACTORS_LONG, ROPE_FACTORS_SHORT].contains(&info.name.as_str()) {
+                rope_factors.push(info);
+            } else if !names::block(&info.name).is_some_and(|(layer, _)| layers.drafting().contains(&layer)) {
+                add(&mut found, info, architecture, heads).map_err(|(name, what)| Error::tensor(path, name, what))?;
             }
-            let Some(hf) = names::hf_name(&info.name) else {
-                let message =
-                    format!("is not a tensor of the architecture `{ARCHITECTURE}`; its shape is {:?}", info.shape);
-                return Err(Error::tensor(path, info.name, message));
-            };
-            let heads = hf.rotary.map(|rotary| match rotary {
-                Rotary::Query => heads.query,
-                Rotary::Key => heads.key_value,
-            });
-            if let Some(heads) = heads.filter(|heads| !info.shape[0].is_multiple_of(2 * heads)) {
-                let message = format!("has {} rows, which {heads} heads of an even size cannot share", info.shape[0]);
-                return Err(Error::tensor(path, info.name, message));
-            }
-            this.by_name.insert(hf.name.clone(), this.tensors.len());
-            this.tensors.push(GgufTensor { info, hf_name: hf.name, heads });
         }
-        Ok(this)
+        let by_name = found.iter().enumerate().map(|(index, tensor)| (tensor.hf_name.clone(), index)).collect();
+        Ok(Self { path: path.to_owned(), source, metadata, architecture, tensors: found, by_name, rope_factors })
     }
 
     /// The file's path.
@@ -176,8 +164,9 @@ impl GgufFile {
         self.tensors.iter().any(|tensor| tensor.kind().is_quantized())
     }
 
-    /// Writes rows (indices of the first axis; single elements of a vector) of a tensor to `out` as float32, in
-    /// Hugging Face's order: query and key rows are moved from GGUF's interleaved rotary order to split halves.
+    /// Writes rows (indices of the first axis; single elements of a vector) of a tensor to `out` as float32, as Hugging
+    /// Face has them: where the architecture interleaves query and key rows they are moved to split halves, and where
+    /// it stores norms with 1 added that is subtracted.
     ///
     /// Float types are widened exactly; quantized values are those of the `gguf` Python package bit for bit. Memory
     /// beyond `out` is bounded by one head of one projection, or 256 KiB of file.
@@ -199,7 +188,7 @@ impl GgufFile {
             let what = format!("{} rows have {expected} elements, the destination has {}", rows.len(), out.len());
             return Err(Error::tensor(&self.path, hf_name, what));
         }
-        rows::read_rows(&self.source, &tensor.info, tensor.heads, rows, out).map_err(Error::io(&self.path, "reading"))
+        rows::read_rows(&self.source, &tensor.info, tensor.form, rows, out).map_err(Error::io(&self.path, "reading"))
     }
 
     /// `config.json` of the model, as transformers (4 and 5) would write it.
@@ -217,15 +206,66 @@ impl GgufFile {
     /// # Errors
     /// [`Error::Config`] for a tokenizer that is missing, contradictory or of an unknown kind.
     pub fn tokenizer_files(&self) -> Result<Vec<(String, Vec<u8>)>, Error> {
-        tokenizer::tokenizer_files(&self.metadata)
+        tokenizer::tokenizer_files(self.keys())
     }
 
-    /// The values of [`ROPE_FACTORS`].
-    fn rope_factors(&self) -> Result<Option<Vec<f32>>, Error> {
-        let Some(info) = &self.rope_factors else { return Ok(None) };
+    /// The metadata under the architecture's name.
+    fn keys(&self) -> Keys<'_> {
+        Keys { metadata: &self.metadata, architecture: self.architecture }
+    }
+
+    /// The values of one of the tensors that belong to the configuration.
+    fn rope_factors(&self, name: &str) -> Result<Option<Vec<f32>>, Error> {
+        let Some(info) = self.rope_factors.iter().find(|info| info.name == name) else { return Ok(None) };
         let mut values = vec![0.0; info.shape.iter().product()];
-        rows::read_rows(&self.source, info, None, 0..info.shape[0], &mut values)
+        rows::read_rows(&self.source, info, Form::Same, 0..info.shape[0], &mut values)
             .map_err(Error::io(&self.path, "reading"))?;
         Ok(Some(values))
     }
+}
+
+/// Adds what the tensor is in a Hugging Face checkpoint to `found`: itself, or its experts. The error is the tensor's
+/// name and what is wrong with it.
+fn add(
+    found: &mut Vec<GgufTensor>,
+    info: TensorInfo,
+    architecture: &Architecture,
+    heads: Heads,
+) -> Result<(), (String, String)> {
+    let Some(hf) = architecture.hf_name(&info.name) else {
+        let what =
+            format!("is not a tensor of the architecture `{}`; its shape is {:?}", architecture.name, info.shape);
+        return Err((info.name, what));
+    };
+    let (mut shape, mut form) = (info.shape.clone(), Form::Same);
+    match hf.role {
+        Role::Norm if architecture.norms_plus_one => form = Form::PlusOne,
+        Role::Query if architecture.interleaved => form = Form::Interleaved(heads.query),
+        Role::Key if architecture.interleaved => form = Form::Interleaved(heads.key_value),
+        Role::Row if shape.len() == 1 => shape.insert(0, 1),
+        Role::Experts if shape.len() != 3 => {
+            let what = format!("has the shape {shape:?}; experts are stacked in three axes");
+            return Err((info.name, what));
+        }
+        _ => {}
+    }
+    if let Form::Interleaved(heads) = form
+        && !shape[0].is_multiple_of(2 * heads)
+    {
+        let what = format!("has {} rows, which {heads} heads of an even size cannot share", shape[0]);
+        return Err((info.name, what));
+    }
+    let experts = if hf.role == Role::Experts { shape.remove(0) } else { 1 };
+    if experts > MAX_TENSORS - found.len() {
+        let what = format!("is one tensor too many; a file may have {MAX_TENSORS}, each expert's counted");
+        return Err((info.name, what));
+    }
+    // Blocks lie within rows, so an expert has whole bytes.
+    let bytes = info.bytes / experts as u64;
+    for expert in 0..experts {
+        let start = info.start + expert as u64 * bytes;
+        let info = TensorInfo { name: info.name.clone(), shape: shape.clone(), kind: info.kind, start, bytes };
+        found.push(GgufTensor { info, hf_name: hf.name.replace("{}", &expert.to_string()), form });
+    }
+    Ok(())
 }

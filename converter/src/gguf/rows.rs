@@ -36,20 +36,33 @@ fn read_elements(source: &Source, tensor: &TensorInfo, range: Range<usize>, out:
     Ok(())
 }
 
-/// Writes `rows` of `tensor` to `out`. `heads` is given for the query and key projections.
-///
-/// GGUF keeps the rows of each rotary head interleaved: row `2·j + p` of a head of K rows is row `p·K/2 + j` in
-/// Hugging Face's order, where the two halves are rotated against each other.
+/// How the stored values of a tensor become those of Hugging Face's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Form {
+    /// They are the same.
+    Same,
+    /// 1 is subtracted.
+    PlusOne,
+    /// The rows of each of so many heads are interleaved: row `2·j + p` of a head of K rows is row `p·K/2 + j` in
+    /// Hugging Face's order, where the two halves are rotated against each other.
+    Interleaved(usize),
+}
+
+/// Writes `rows` of `tensor` to `out`.
 pub(super) fn read_rows(
     source: &Source,
     tensor: &TensorInfo,
-    heads: Option<usize>,
+    form: Form,
     rows: Range<usize>,
     out: &mut [f32],
 ) -> std::io::Result<()> {
     let width: usize = tensor.shape[1..].iter().product();
-    let Some(heads) = heads else {
-        return read_elements(source, tensor, rows.start * width..rows.end * width, out);
+    let Form::Interleaved(heads) = form else {
+        read_elements(source, tensor, rows.start * width..rows.end * width, out)?;
+        if form == Form::PlusOne {
+            out.iter_mut().for_each(|value| *value -= 1.0);
+        }
+        return Ok(());
     };
     let head_rows = tensor.shape[0] / heads;
     let mut head = Vec::new();

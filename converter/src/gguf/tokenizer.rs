@@ -2,6 +2,7 @@
 
 use serde_json::{Map, Value as Json, json};
 
+use super::config::Keys;
 use super::metadata::Metadata;
 use crate::error::Error;
 use crate::tokenizer::byte_level::{ByteLevel, Pre};
@@ -16,8 +17,9 @@ const SCORES: &str = "tokenizer.ggml.scores";
 const MERGES: &str = "tokenizer.ggml.merges";
 
 /// See [`super::GgufFile::tokenizer_files`].
-pub(super) fn tokenizer_files(metadata: &Metadata) -> Result<Vec<(String, Vec<u8>)>, Error> {
-    let vocabulary = Vocabulary::read(metadata)?;
+pub(super) fn tokenizer_files(keys: Keys<'_>) -> Result<Vec<(String, Vec<u8>)>, Error> {
+    let metadata = keys.metadata;
+    let vocabulary = Vocabulary::read(metadata, keys.architecture.ordered_pieces)?;
     let tokenizer = match metadata.str(MODEL)?.ok_or_else(|| metadata.missing(MODEL))? {
         "gpt2" => vocabulary.byte_level()?,
         "llama" => vocabulary.sentencepiece()?,
@@ -29,7 +31,7 @@ pub(super) fn tokenizer_files(metadata: &Metadata) -> Result<Vec<(String, Vec<u8
     let names = vocabulary.special_names();
     let files = [
         ("tokenizer.json", tokenizer),
-        ("tokenizer_config.json", vocabulary.tokenizer_config(&names)?),
+        ("tokenizer_config.json", vocabulary.tokenizer_config(&names, keys.size("context_length")?)?),
         ("special_tokens_map.json", Json::Object(names)),
         ("generation_config.json", vocabulary.generation_config()?),
     ];
@@ -39,6 +41,8 @@ pub(super) fn tokenizer_files(metadata: &Metadata) -> Result<Vec<(String, Vec<u8
 /// The tokens and the ids with a meaning.
 struct Vocabulary<'a> {
     metadata: &'a Metadata,
+    /// See [`Architecture::ordered_pieces`](super::arch::Architecture::ordered_pieces).
+    ordered: bool,
     tokens: Vec<(&'a str, TokenKind)>,
     bos: Option<u32>,
     eos: Option<u32>,
@@ -47,7 +51,7 @@ struct Vocabulary<'a> {
 }
 
 impl<'a> Vocabulary<'a> {
-    fn read(metadata: &'a Metadata) -> Result<Self, Error> {
+    fn read(metadata: &'a Metadata, ordered: bool) -> Result<Self, Error> {
         let contents = metadata.strings(TOKENS)?.ok_or_else(|| metadata.missing(TOKENS))?;
         let kinds = metadata.numbers(TOKEN_TYPE)?.ok_or_else(|| metadata.missing(TOKEN_TYPE))?;
         same_length(metadata, TOKEN_TYPE, kinds.len(), contents.len())?;
@@ -56,7 +60,9 @@ impl<'a> Vocabulary<'a> {
             let kind = TokenKind::from_code(kind as u64).ok_or_else(|| {
                 Error::config(&metadata.path, TOKEN_TYPE, format!("of token {id} is {kind}; 1 to 6 are defined"))
             })?;
-            tokens.push((content, kind));
+            // Runs of spaces are not found in the text as it is: merges make them, as in the model's own tokenizer.
+            let spaces = ordered && content.bytes().all(|byte| byte == b' ');
+            tokens.push((content, if spaces { TokenKind::Normal } else { kind }));
         }
         let id = |name: &str| {
             let key = format!("tokenizer.ggml.{name}_token_id");
@@ -68,7 +74,7 @@ impl<'a> Vocabulary<'a> {
             }
         };
         let (bos, eos, unknown, padding) = (id("bos")?, id("eos")?, id("unknown")?, id("padding")?);
-        Ok(Self { metadata, tokens, bos, eos, unknown, padding })
+        Ok(Self { metadata, ordered, tokens, bos, eos, unknown, padding })
     }
 
     fn byte_level(&self) -> Result<Json, Error> {
@@ -86,12 +92,12 @@ impl<'a> Vocabulary<'a> {
         let metadata = self.metadata;
         let scores = metadata.numbers(SCORES)?.ok_or_else(|| metadata.missing(SCORES))?;
         same_length(metadata, SCORES, scores.len(), self.tokens.len())?;
-        let pieces: Vec<Piece> = self
-            .tokens
-            .iter()
-            .zip(scores)
-            .map(|(&(text, kind), score)| Piece { text: text.to_owned(), score: score as f32, kind })
-            .collect();
+        let piece = |(id, (&(text, kind), score)): (usize, (&(&str, TokenKind), f64))| match self.ordered {
+            true if kind == TokenKind::Normal => Piece { text: text.replace(' ', "▁"), score: -(id as f32), kind },
+            true => Piece { text: text.to_owned(), score: -(id as f32), kind },
+            false => Piece { text: text.to_owned(), score: score as f32, kind },
+        };
+        let pieces: Vec<Piece> = self.tokens.iter().zip(scores).enumerate().map(piece).collect();
         let (bos_id, eos_id) = self.framing(true)?;
         let model = SentencePiece {
             byte_fallback: pieces.iter().any(|piece| piece.kind == TokenKind::Byte),
@@ -135,7 +141,7 @@ impl<'a> Vocabulary<'a> {
         roles.into_iter().filter_map(named).collect()
     }
 
-    fn tokenizer_config(&self, names: &Map<String, Json>) -> Result<Json, Error> {
+    fn tokenizer_config(&self, names: &Map<String, Json>, context: Option<usize>) -> Result<Json, Error> {
         let metadata = self.metadata;
         let added = self
             .tokens
@@ -152,7 +158,7 @@ impl<'a> Vocabulary<'a> {
             config.insert("chat_template".to_owned(), template.into());
         }
         config.insert("clean_up_tokenization_spaces".to_owned(), false.into());
-        if let Some(length) = metadata.u64("llama.context_length")? {
+        if let Some(length) = context {
             config.insert("model_max_length".to_owned(), length.into());
         }
         config.insert("tokenizer_class".to_owned(), "PreTrainedTokenizerFast".into());

@@ -14,6 +14,7 @@ pub(crate) enum V {
     Bool(bool),
     Str(&'static str),
     U32s(Vec<u32>),
+    Bools(Vec<bool>),
     I32s(Vec<i32>),
     F32s(Vec<f32>),
     Strs(Vec<String>),
@@ -37,6 +38,7 @@ impl V {
             V::F32(v) => (6, v.to_le_bytes().to_vec()),
             V::Bool(v) => (7, vec![v.into()]),
             V::Str(v) => (8, string(v.as_bytes())),
+            V::Bools(v) => array(7, v.len(), v.iter().map(|&v| v.into()).collect()),
             V::U32s(v) => array(4, v.len(), v.iter().flat_map(|v| v.to_le_bytes()).collect()),
             V::I32s(v) => array(5, v.len(), v.iter().flat_map(|v| v.to_le_bytes()).collect()),
             V::F32s(v) => array(6, v.len(), v.iter().flat_map(|v| v.to_le_bytes()).collect()),
@@ -70,9 +72,14 @@ pub(crate) struct Builder {
 }
 
 impl Builder {
-    /// The metadata of a model with 4 query heads, 2 key/value heads of size 16, hidden 32; no tensors.
+    /// A Llama with 4 query heads, 2 key/value heads of size 16, hidden 32; no tensors.
     pub(crate) fn llama() -> Self {
-        let mut this = Self {
+        Self::of("llama").with("llama.vocab_size", V::U32(300))
+    }
+
+    /// The same sizes, of any architecture.
+    pub(crate) fn of(architecture: &'static str) -> Self {
+        let this = Self {
             magic: *b"GGUF",
             version: 3,
             tensor_count: None,
@@ -82,21 +89,18 @@ impl Builder {
             data: vec![],
             alignment: 32,
         };
-        for (key, value) in [
-            ("general.architecture", V::Str("llama")),
-            ("llama.block_count", V::U32(1)),
-            ("llama.context_length", V::U32(128)),
-            ("llama.embedding_length", V::U32(32)),
-            ("llama.feed_forward_length", V::U32(64)),
-            ("llama.attention.head_count", V::U32(4)),
-            ("llama.attention.head_count_kv", V::U32(2)),
-            ("llama.attention.key_length", V::U32(16)),
-            ("llama.attention.layer_norm_rms_epsilon", V::F32(1e-5)),
-            ("llama.vocab_size", V::U32(300)),
-        ] {
-            this = this.with(key, value);
-        }
-        this
+        let sizes = [
+            ("block_count", V::U32(1)),
+            ("context_length", V::U32(128)),
+            ("embedding_length", V::U32(32)),
+            ("feed_forward_length", V::U32(64)),
+            ("attention.head_count", V::U32(4)),
+            ("attention.head_count_kv", V::U32(2)),
+            ("attention.key_length", V::U32(16)),
+            ("attention.layer_norm_rms_epsilon", V::F32(1e-5)),
+        ];
+        let this = this.with("general.architecture", V::Str(architecture));
+        sizes.into_iter().fold(this, |this, (key, value)| this.with(&format!("{architecture}.{key}"), value))
     }
 
     /// Sets a key, in place of an earlier value.
@@ -119,6 +123,12 @@ impl Builder {
         self.data.extend(values.flat_map(f32::to_le_bytes));
         assert_eq!(self.data.len() as u64 - self.rows.last().unwrap().offset, 4 * shape.iter().product::<u64>());
         self
+    }
+
+    /// A float32 tensor with the values 0, 1, 2, ….
+    pub(crate) fn counted(self, name: &str, shape: &[u64]) -> Self {
+        let elements: u64 = shape.iter().product();
+        self.f32(name, shape, (0..elements).map(|i| i as f32))
     }
 
     pub(crate) fn bytes(&self) -> Vec<u8> {

@@ -117,7 +117,7 @@ fn factors_that_are_not_llama3s_are_refused() {
         let error = refused(&with(bad));
         assert!(error.contains("rope_freqs.weight") && error.contains("other scalings are not supported"), "{error}");
     }
-    assert!(refused(&with(good[..7].to_vec())).contains("must have 8 elements, half the head size, found 7"));
+    assert!(refused(&with(good[..7].to_vec())).contains("must have 8 elements, half of what rotates, found 7"));
     let error = refused(&with(good).with("llama.rope.scale_linear", V::F32(2.0)));
     assert!(error.contains("only one can be"), "{error}");
     let ones = with(vec![1.0; 8]).open().unwrap().hf_config().unwrap();
@@ -127,7 +127,8 @@ fn factors_that_are_not_llama3s_are_refused() {
 #[test]
 fn values_that_would_change_the_result_are_refused() {
     for (key, value, message) in [
-        ("llama.rope.scaling.type", V::Str("yarn"), "is `yarn`; `none` and `linear` are supported"),
+        ("llama.rope.scaling.type", V::Str("su"), "is `su`; `none`, `linear`, `yarn` and `longrope` are supported"),
+        ("llama.rope.scaling.type", V::Str("yarn"), "llama.rope.scaling.factor: is required and absent"),
         ("llama.rope.scaling.type", V::Str("linear"), "llama.rope.scaling.factor: is required and absent"),
         ("llama.rope.scale_linear", V::F32(-1.0), "must be positive, found -1"),
         ("llama.rope.scaling.attn_factor", V::F32(1.5), "is 1.5; only 1 is supported"),
@@ -137,11 +138,11 @@ fn values_that_would_change_the_result_are_refused() {
         ("llama.attention.head_count", V::U32(0), "must be positive, found 0"),
         ("llama.attention.head_count", V::I32(-4), "must be an unsigned 32-bit integer, found -4"),
         ("llama.attention.causal", V::Bool(false), "only true is supported"),
-        ("llama.expert_count", V::U32(8), "llama.expert_count: is 8; only 0 is supported"),
+        ("llama.expert_count", V::U32(8), "llama.expert_used_count: is required and absent"),
         ("llama.attention.sliding_window", V::U32(4096), "is 4096; only 0 is supported"),
         ("llama.attention.scale", V::F32(0.5), "llama.attention.scale: may change the result"),
         ("llama.block_count", V::Str("one"), "must be an unsigned 32-bit integer, found the string \"one\""),
-        ("general.architecture", V::Str("gemma3"), "must be `llama`, the one supported architecture, found `gemma3`"),
+        ("general.architecture", V::Str("mamba"), "`mamba` is not supported; supported: llama, qwen2, qwen3, qwen2moe"),
         ("split.count", V::U32(3), "is 3: this is one part of a split model"),
     ] {
         let error = refused(&Builder::llama().with(key, value));
@@ -166,9 +167,9 @@ fn values_that_would_change_the_result_are_refused() {
 
 #[test]
 fn tensors_of_other_models_are_named() {
-    let error = refused(&Builder::llama().f32("blk.0.ffn_gate_inp.weight", &[8, 32], (0..256).map(|i| i as f32)));
+    let error = refused(&Builder::llama().f32("blk.0.ssm_conv1d.weight", &[8, 32], (0..256).map(|i| i as f32)));
     assert!(
-        error.contains("blk.0.ffn_gate_inp.weight") && error.contains("not a tensor of the architecture"),
+        error.contains("blk.0.ssm_conv1d.weight") && error.contains("not a tensor of the architecture `llama`"),
         "{error}"
     );
     let error = refused(&Builder::llama().f32("blk.0.attn_q.weight", &[12, 1], (0..12).map(|i| i as f32)));

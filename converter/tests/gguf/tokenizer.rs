@@ -147,6 +147,36 @@ fn sentencepiece_in_a_gguf_is_the_same_as_in_its_own_file() {
     assert!(config["chat_template"].as_str().unwrap().starts_with("{% for"));
 }
 
+/// Gemma's scores do not follow its merges; runs of spaces are stored as they are, and found by merging.
+#[test]
+fn gemma_pieces_merge_in_their_order() {
+    let pieces = ["<pad>", "<eos>", "<bos>", "<unk>", "\n\n", "  ", "ab", "bc", "▁", "a", "b", "c", "\n", "▁▁▁"];
+    let gemma = Builder::of("gemma3")
+        .with("tokenizer.ggml.model", V::Str("llama"))
+        .with("tokenizer.ggml.tokens", V::Strs(pieces.map(str::to_owned).to_vec()))
+        .with("tokenizer.ggml.token_type", V::I32s(vec![3, 3, 3, 2, 4, 4, 1, 1, 1, 1, 1, 1, 1, 1]))
+        .with("tokenizer.ggml.scores", V::F32s((0..14).map(|i| i as f32).collect()))
+        .with("tokenizer.ggml.bos_token_id", V::U32(2))
+        .with("tokenizer.ggml.unknown_token_id", V::U32(3))
+        .with("tokenizer.ggml.add_space_prefix", V::Bool(false));
+    let found = tokenizer(&gemma);
+    for (text, expected) in [
+        // By score "bc" would come first.
+        ("abc", "<bos> ab c"),
+        ("    a", "<bos> ▁▁ ▁▁ a"),
+        ("   ", "<bos> ▁▁▁"),
+        ("\n\n\n", "<bos> \n\n \n"),
+    ] {
+        assert_eq!(tokens(&found, text), expected.split(' ').collect::<Vec<_>>(), "{text:?}");
+    }
+    let ids = found.encode("   ab", false).unwrap().get_ids().to_vec();
+    assert_eq!(found.decode(&ids, true).unwrap(), "   ab");
+    let config = part(&gemma.open().unwrap(), "tokenizer_config.json");
+    let added: Vec<&String> = config["added_tokens_decoder"].as_object().unwrap().keys().collect();
+    assert_eq!(added, ["0", "1", "2", "3", "4"]);
+    assert_eq!(config["add_prefix_space"], false);
+}
+
 #[test]
 fn bad_tokenizers_are_refused() {
     let replace = |key: &str, value: V| gpt2("smollm").with(key, value);

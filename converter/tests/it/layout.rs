@@ -1,5 +1,6 @@
 //! Pins the per-head layout element by element against its definition, computed with ndarray.
 
+use converter::layout::FeedForward;
 use converter::{Checkpoint, DType};
 use ndarray::{ArrayD, Axis, IxDyn};
 use std::os::unix::fs::FileExt;
@@ -35,12 +36,13 @@ fn every_parameter_is_where_the_definition_puts_it() {
         assert_eq!(attention.k_bias, Some(there("self_attn.k_proj.bias", &[g, k], &[0, 1])));
         assert_eq!(attention.v_bias, Some(there("self_attn.v_proj.bias", &[g, k], &[0, 1])));
         assert_eq!(attention.out_bias, Some(there("self_attn.o_proj.bias", &[m], &[0])));
-        assert_eq!(layer.mlp.gate_proj, there("mlp.gate_proj.weight", &[f, m], &[1, 0]));
-        assert_eq!(layer.mlp.up_proj, there("mlp.up_proj.weight", &[f, m], &[1, 0]));
-        assert_eq!(layer.mlp.down_proj, there("mlp.down_proj.weight", &[m, f], &[1, 0]));
-        assert_eq!(layer.mlp.down_bias, Some(there("mlp.down_proj.bias", &[m], &[0])));
-        assert_eq!(layer.input_norm, there("input_layernorm.weight", &[m], &[0]));
-        assert_eq!(layer.post_attn_norm, there("post_attention_layernorm.weight", &[m], &[0]));
+        let FeedForward::Dense(mlp) = &layer.feed_forward else { panic!("Llama has no experts") };
+        assert_eq!(mlp.gate_proj, there("mlp.gate_proj.weight", &[f, m], &[1, 0]));
+        assert_eq!(mlp.up_proj, there("mlp.up_proj.weight", &[f, m], &[1, 0]));
+        assert_eq!(mlp.down_proj, there("mlp.down_proj.weight", &[m, f], &[1, 0]));
+        assert_eq!(mlp.down_bias, Some(there("mlp.down_proj.bias", &[m], &[0])));
+        assert_eq!(layer.input_norm, Some(there("input_layernorm.weight", &[m], &[0])));
+        assert_eq!(layer.post_attn_norm, Some(there("post_attention_layernorm.weight", &[m], &[0])));
         assert_eq!(all.embedding, original(&model, "model.embed_tokens.weight", &[v, m]));
         assert_eq!(all.final_norm, original(&model, "model.norm.weight", &[m]));
         assert_eq!(all.lm_head, Some(original(&model, "lm_head.weight", &[v, m]).reversed_axes()));

@@ -1,6 +1,7 @@
 //! The converter from outside: whole folders in, whole folders out.
 
 mod conversion;
+mod extend;
 mod gguf;
 mod layout;
 mod round_trip;

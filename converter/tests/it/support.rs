@@ -51,12 +51,12 @@ impl Model {
         let cfg = ModelConfig::from_value(&config, Path::new("config.json")).expect("a valid configuration");
         let mut state = 1u64;
         let mut tensors = BTreeMap::new();
-        for param in Llama::declare(&cfg).into_leaves() {
-            let bytes = (0..param.elements()).flat_map(|_| {
+        for tensor in Llama::declare(&cfg).hf_tensors() {
+            let bytes = (0..tensor.shape.iter().product::<usize>()).flat_map(|_| {
                 state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
                 encode(((state >> 40) as f32 / (1 << 23) as f32 - 1.0) * 3.0, dtype)
             });
-            tensors.insert(param.hf_name, (stored(dtype), param.hf_shape, bytes.collect()));
+            tensors.insert(tensor.name, (stored(dtype), tensor.shape, bytes.collect()));
         }
         Model { config, tensors }
     }

