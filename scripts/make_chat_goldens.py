@@ -18,6 +18,8 @@ are not ours to keep here. Many are in one package:
     tar xzf llama_cpp_python-0.3.36.tar.gz --wildcards '*/models/templates/*.jinja'
     python3 scripts/make_chat_goldens.py --check llama_cpp_python-0.3.36/vendor/llama.cpp/models/templates
 
+All of its 70 are equal but meetkai-functionary-medium-v3.1 with tools, where HTML escapes follow from a `safe` filter.
+
 Needs python >= 3.10 with venv and pip. The pinned packages below are installed once into a virtual environment in the
 cache folder (XDG_CACHE_HOME or ~/.cache, then xllama/venvs; 250 MB, no torch). `--python PY` uses an interpreter that
 has them already. The same command writes the same bytes.

@@ -14,6 +14,7 @@ use super::Context;
 use super::generate::{compile, generation_config, stop_ids};
 use super::model_args::ModelArgs;
 use super::sampling_args::SamplingArgs;
+use super::template_args::TemplateArgs;
 
 /// Talk with a model: one message a line, an empty line or Ctrl-D ends.
 #[derive(clap::Args)]
@@ -33,6 +34,8 @@ pub struct Args {
     /// End an answer at this string; may be given several times.
     #[arg(long, value_name = "TEXT", value_parser = NonEmptyStringValueParser::new())]
     stop: Vec<String>,
+    #[command(flatten)]
+    template: TemplateArgs,
     #[command(flatten)]
     sampling: SamplingArgs,
 }
@@ -61,8 +64,15 @@ impl Args {
         let mut session = Session::new(&loaded.engine, 1, len + CHUNKS[CHUNKS.len() - 1])?;
         compile(context, &loaded.engine, &session, 1, options.sampling.spec())?;
 
-        let mut talk =
-            Conversation { tokenizer: &tokenizer, template: &template, messages: Vec::new(), cached: Vec::new(), len };
+        let render = self.template.options();
+        let mut talk = Conversation {
+            tokenizer: &tokenizer,
+            template: &template,
+            render: &render,
+            messages: Vec::new(),
+            cached: Vec::new(),
+            len,
+        };
         talk.messages.extend(self.system.as_ref().map(|s| Message::new("system", s)));
         let prompt = std::io::stdin().is_terminal() && !context.json;
         let mut lines = std::io::stdin().lock().lines();
@@ -85,6 +95,7 @@ impl Args {
 struct Conversation<'a> {
     tokenizer: &'a Tokenizer,
     template: &'a ChatTemplate,
+    render: &'a RenderOptions,
     messages: Vec<Message>,
     /// Ids that stand in the session's cache.
     cached: Vec<u32>,
@@ -94,8 +105,7 @@ struct Conversation<'a> {
 impl Conversation<'_> {
     /// Renders the conversation, runs what the cache does not hold yet, streams the answer and keeps it.
     fn answer(&mut self, context: &Context, session: &mut Session, options: &GenerateOptions) -> anyhow::Result<()> {
-        let render = RenderOptions { add_generation_prompt: true, ..RenderOptions::default() };
-        let ids = self.tokenizer.encode(&self.template.render(&self.messages, &render)?, false)?;
+        let ids = self.tokenizer.encode(&self.template.render(&self.messages, self.render)?, false)?;
         if ids.len() >= self.len {
             return Err(Error::Context {
                 what: "the conversation".into(),

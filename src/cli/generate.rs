@@ -14,10 +14,11 @@ use xllama::generation::{
     Beam, BeamOptions, FinishReason, GenerateOptions, Generation, beam_search, contrastive_search, generate, samples,
 };
 use xllama::runtime::{Engine, Session};
-use xllama::text::{ChatTemplate, Message, RenderOptions, TextStream, Tokenizer};
+use xllama::text::{ChatTemplate, Message, TextStream, Tokenizer};
 
 use super::model_args::ModelArgs;
 use super::sampling_args::{Method, SamplingArgs, SearchArgs};
+use super::template_args::TemplateArgs;
 use super::{Context, table};
 
 /// Generate text from a prompt.
@@ -47,6 +48,8 @@ pub struct Args {
     #[arg(long)]
     chat: bool,
     #[command(flatten)]
+    template: TemplateArgs,
+    #[command(flatten)]
     sampling: SamplingArgs,
     #[command(flatten)]
     search: SearchArgs,
@@ -70,6 +73,10 @@ impl Args {
             text => text.to_string(),
         };
         // What is wrong with the request is said before anything is fetched or loaded.
+        if self.template.is_given() && !self.chat {
+            let what = "is for a chat template; add --chat".into();
+            return Err(Error::Option { name: "template-var".into(), what }.into());
+        }
         self.sampling.options(None).validate(usize::MAX)?;
         let method = self.search.method(&self.sampling, &self.stop)?;
         let plugin = self.model.device.plugin_path(context)?;
@@ -80,7 +87,7 @@ impl Args {
         sampling.validate(cfg.vocab_size)?;
 
         let tokenizer = Tokenizer::of_checkpoint(&checkpoint)?;
-        let ids = prompt_ids(&checkpoint, &tokenizer, &prompt, self.chat)?;
+        let ids = prompt_ids(&checkpoint, &tokenizer, &prompt, self.chat, &self.template)?;
         let len = context_len(&checkpoint, ids.len(), self.max_tokens, self.max_seq)?;
 
         let loaded = self.model.load_checkpoint(context, plugin, checkpoint)?;
@@ -310,11 +317,11 @@ pub fn prompt_ids(
     tokenizer: &Tokenizer,
     prompt: &str,
     chat: bool,
+    variables: &TemplateArgs,
 ) -> anyhow::Result<Vec<u32>> {
     let ids = if chat {
         let template = ChatTemplate::of_checkpoint(checkpoint)?;
-        let options = RenderOptions { add_generation_prompt: true, ..RenderOptions::default() };
-        tokenizer.encode(&template.render(&[Message::new("user", prompt)], &options)?, false)?
+        tokenizer.encode(&template.render(&[Message::new("user", prompt)], &variables.options())?, false)?
     } else {
         tokenizer.encode(prompt, true)?
     };

@@ -2,10 +2,12 @@
 
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use clap::Subcommand;
 use serde_json::json;
-use xllama::golden::{Manifest, Row, check};
+use xllama::golden::{Case, Manifest, Row, check};
 
 use super::model_args::{CacheArgs, DeviceArg, ModelArg, ModelArgs};
 use super::{Context, table};
@@ -39,25 +41,47 @@ enum Action {
     },
 }
 
+/// Cases that are checked side by side; each holds its model in memory.
+const WORKERS: usize = 4;
+
 impl Args {
     pub fn run(self, context: &Context) -> anyhow::Result<ExitCode> {
         let Action::Check { dir, model, case: wanted, device, cache } = self.action;
         let manifest = Manifest::open(&dir)?;
         let plugin = device.plugin_path(context)?;
-        let mut rows: Vec<Row> = Vec::new();
-        for case in manifest.cases.iter().filter(|c| wanted.as_ref().is_none_or(|w| c.name.contains(w))) {
+        let cases: Vec<&Case> =
+            manifest.cases.iter().filter(|c| wanted.as_ref().is_none_or(|w| c.name.contains(w))).collect();
+        let run = |case: &Case| {
             context.reporter.say(&format!("checking {}", case.name));
             let model = ModelArg { model: case.model(&dir, model.as_deref()) };
             let load = |checkpoint: &converter::Checkpoint, dtype| {
-                ModelArgs { model: model.clone(), device: device.clone(), dtype: Some(dtype), cache: cache.clone() }
-                    .engine(context, &plugin, checkpoint)
+                let args = ModelArgs {
+                    model: model.clone(),
+                    device: device.clone(),
+                    dtype: Some(dtype),
+                    cache: cache.clone(),
+                };
+                args.engine(context, &plugin, checkpoint)
             };
             let checked = model.open(context).and_then(|c| Ok(check(case, &dir, &manifest, &c, &load)?));
-            match checked {
-                Ok(checked) => rows.extend(checked),
-                Err(why) => rows.push(Row::failed(case, &why)),
+            checked.unwrap_or_else(|why| vec![Row::failed(case, &why)])
+        };
+        // Most of the time goes into compiling, which uses one core.
+        let next = AtomicUsize::new(0);
+        let done: Vec<OnceLock<Vec<Row>>> = cases.iter().map(|_| OnceLock::new()).collect();
+        let work = || {
+            loop {
+                let at = next.fetch_add(1, Ordering::Relaxed);
+                let Some(case) = cases.get(at) else { return };
+                let _ = done[at].set(run(case));
             }
-        }
+        };
+        std::thread::scope(|scope| {
+            let workers = std::thread::available_parallelism().map_or(1, |n| n.get()).min(WORKERS);
+            (1..workers).for_each(|_| drop(scope.spawn(work)));
+            work();
+        });
+        let rows: Vec<Row> = done.into_iter().filter_map(OnceLock::into_inner).flatten().collect();
         if rows.is_empty() {
             anyhow::bail!(
                 "{}: no case to check{}",

@@ -18,6 +18,7 @@ mod plugin;
 mod progress;
 mod sampling_args;
 mod table;
+mod template_args;
 
 use std::io::{self, IsTerminal};
 use std::process::ExitCode;

@@ -9,7 +9,7 @@ use xllama::Error;
 use xllama::perplexity::{Windows, score};
 
 use super::Context;
-use super::model_args::{ModelArgs, parse_dtype};
+use super::model_args::{CacheArgs, ModelArgs, parse_dtype};
 
 /// Measure the perplexity of a text.
 #[derive(clap::Args)]
@@ -55,7 +55,9 @@ impl Args {
         let loaded = self.model.load_checkpoint(context, plugin.clone(), checkpoint)?;
         let base = match (base_checkpoint, self.kl_base) {
             (Some(checkpoint), Some(dtype)) => {
-                let args = ModelArgs { dtype: Some(dtype), ..self.model.clone() };
+                // The base keeps its cache in its own type.
+                let cache = CacheArgs { cache_dtype: None, cache_page: None };
+                let args = ModelArgs { dtype: Some(dtype), cache, ..self.model.clone() };
                 Some(args.load_checkpoint(context, plugin, checkpoint)?)
             }
             _ => None,

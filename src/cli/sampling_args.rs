@@ -100,10 +100,10 @@ pub struct SearchArgs {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
     beams: Option<u16>,
     /// Compare beams by log-probability over length^X, so that more than 0 favours long ones [default: 1].
-    #[arg(long, value_name = "X", requires = "beams", allow_negative_numbers = true)]
+    #[arg(long, value_name = "X", allow_negative_numbers = true)]
     length_penalty: Option<f32>,
     /// Stop at N whole texts, though one in progress might do better than the worst of them.
-    #[arg(long, requires = "beams")]
+    #[arg(long)]
     early_stopping: bool,
     /// Contrastive search: among the --top-k likeliest tokens, the one with the most probability · (1 − A) − likeness to what
     /// stands there · A; 0.6 with --top-k 4 is a good start.
@@ -154,6 +154,10 @@ impl SearchArgs {
         let asked: Vec<&str> = asked.iter().filter(|(_, given)| *given).map(|(name, _)| *name).collect();
         if let [name, other, ..] = asked[..] {
             return Err(option(name, format!("and --{other} are different ways to choose a text; give one of them")));
+        }
+        let of_beams = [("length-penalty", self.length_penalty.is_some()), ("early-stopping", self.early_stopping)];
+        if let (None, Some((name, _))) = (self.beams, of_beams.iter().find(|(_, given)| *given)) {
+            return Err(option(name, "says how beams are chosen; add --beams N, for example 4".into()));
         }
         let refuse = |name: &str, more: Option<&str>, why: &str| match more {
             Some(more) => Err(option(name, format!("cannot be combined with --{more}: {why}; leave one of them out"))),

@@ -2,9 +2,8 @@
 
 use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Instant;
 
-use super::generate::{FinishReason, Timing};
+use super::generate::{Clock, FinishReason, Timing};
 use crate::Error;
 use crate::runtime::Session;
 
@@ -62,19 +61,19 @@ pub fn beam_search(
     let vocab = session.engine().config().vocab_size;
     let room = session.cache_shape().len.saturating_sub(session.used()[0] + prompt.len());
     let max_tokens = options.max_tokens.min(room + 1);
-    // Even if each running text can end with every stop id, N of so many go on.
-    let wanted = n * (1 + options.stop_ids.len()).max(2);
+    // Of so many continuations of one text N do not end it: all that can go on, and all that can be among the N best.
+    let count = (n + options.stop_ids.len()).min(vocab);
 
-    let started = Instant::now();
+    let clock = Clock::new(session.engine());
     let mut timing = Timing { prompt_tokens: prompt.len(), ..Timing::default() };
     let mut running = vec![Running::default()];
     let mut found: Vec<Beam> = Vec::new();
     let mut rows = vec![Vec::new(); n];
     rows[0] = prompt.to_vec();
     for len in 1..=max_tokens {
-        let best = session.best(&rows, wanted.min(vocab), false)?;
+        let best = session.best(&rows, count, false)?;
         if len == 1 {
-            timing.prefill = started.elapsed();
+            timing.prefill = clock.elapsed();
         }
         let mut candidates: Vec<(usize, u32, f32)> = Vec::new();
         for (slot, (text, best)) in running.iter().zip(best).enumerate() {
@@ -82,7 +81,6 @@ pub fn beam_search(
             candidates.extend(best.ids.into_iter().zip(sums).map(|(id, sum)| (slot, id, sum)));
         }
         candidates.sort_by(|a, b| b.2.total_cmp(&a.2));
-        candidates.truncate(wanted);
 
         let divisor = (len as f32).powf(options.length_penalty);
         let cut = match interrupt.load(Ordering::Relaxed) {
@@ -119,6 +117,6 @@ pub fn beam_search(
         rows.resize(n, Vec::new());
         running = going;
     }
-    timing.decode = started.elapsed() - timing.prefill;
+    timing.decode = clock.elapsed().saturating_sub(timing.prefill);
     Ok(BeamSearch { beams: found, timing })
 }

@@ -1,9 +1,8 @@
 //! Contrastive search (Su et al. 2022, "A Contrastive Framework for Neural Text Generation").
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Instant;
 
-use super::generate::{FinishReason, GenerateOptions, Generation, Timing};
+use super::generate::{Clock, FinishReason, GenerateOptions, Generation, Timing};
 use super::writer::Writer;
 use crate::Error;
 use crate::runtime::{Drawn, Session};
@@ -42,8 +41,8 @@ pub fn contrastive_search(
         return Ok(text.out);
     }
 
-    let started = Instant::now();
-    let mut first = None;
+    let clock = Clock::new(session.engine());
+    let mut prefill = None;
     let mut rows = vec![Vec::new(); slots];
     rows[0] = prompt.to_vec();
     let mut next = session.best(&rows, count, true)?.swap_remove(0);
@@ -66,14 +65,14 @@ pub fn contrastive_search(
         }
         let slot = chosen.0;
         session.reorder(&vec![slot; slots])?;
-        let first = *first.get_or_insert_with(Instant::now);
+        let prefill = *prefill.get_or_insert_with(|| clock.elapsed());
         let end = match interrupt.load(Ordering::Relaxed) {
             true => Some(FinishReason::Interrupted),
             false => (i == max_tokens).then_some(FinishReason::Length),
         };
         text.push(Drawn { id: next.ids[slot], log_probability: None, best: Vec::new() }, end, on_text)?;
         text.out.timing =
-            Timing { prefill: first - started, decode: first.elapsed(), decoded: i - 1, ..text.out.timing };
+            Timing { prefill, decode: clock.elapsed().saturating_sub(prefill), decoded: i - 1, ..text.out.timing };
         if text.ended {
             break;
         }

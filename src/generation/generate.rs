@@ -8,7 +8,7 @@ use super::options::SamplingOptions;
 use super::writer::Writer;
 use crate::Error;
 use crate::kv_cache::CacheShape;
-use crate::runtime::{Drawn, Session};
+use crate::runtime::{Drawn, Engine, Session};
 use crate::text::Tokenizer;
 
 /// What to generate.
@@ -46,7 +46,7 @@ impl FinishReason {
     }
 }
 
-/// Times of one generation.
+/// Times of one generation, without that of compiling.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Timing {
     /// From the call to the first token on the host.
@@ -68,6 +68,23 @@ impl Timing {
     /// Generated tokens per second after the first.
     pub fn decode_rate(&self) -> f64 {
         rate(self.decoded, self.decode)
+    }
+}
+
+/// Measures from when it was made, and leaves out what compiling took.
+pub(super) struct Clock<'e> {
+    engine: &'e Engine,
+    started: Instant,
+    compiled: Duration,
+}
+
+impl<'e> Clock<'e> {
+    pub(super) fn new(engine: &'e Engine) -> Clock<'e> {
+        Clock { engine, started: Instant::now(), compiled: engine.compile_stats().time }
+    }
+
+    pub(super) fn elapsed(&self) -> Duration {
+        self.started.elapsed().saturating_sub(self.engine.compile_stats().time.saturating_sub(self.compiled))
     }
 }
 
@@ -122,8 +139,8 @@ pub fn samples(
     let base = session.used()[0] + prompt.len();
     // The last token drawn needs no place in the cache.
     let max_tokens = options.max_tokens.min(session.cache_shape().len.saturating_sub(base) + 1);
-    let started = Instant::now();
-    let mut first = started;
+    let clock = Clock::new(session.engine());
+    let mut prefill = Duration::ZERO;
     let mut read = match max_tokens {
         0 => None,
         _ => {
@@ -141,7 +158,7 @@ pub fn samples(
         }
         let drawn = now.wait()?;
         if i == 1 {
-            first = Instant::now();
+            prefill = clock.elapsed();
         }
         let end = match interrupt.load(Ordering::Relaxed) {
             true => Some(FinishReason::Interrupted),
@@ -151,8 +168,8 @@ pub fn samples(
             session.know(slot, drawn.id);
             text.push(drawn, end, &mut |piece| on_text(slot, piece))?;
             text.out.timing = Timing {
-                prefill: first - started,
-                decode: first.elapsed(),
+                prefill,
+                decode: clock.elapsed().saturating_sub(prefill),
                 decoded: text.out.tokens.len() - 1,
                 ..text.out.timing
             };

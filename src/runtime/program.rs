@@ -140,8 +140,7 @@ impl Step<'_> {
 
     fn token(&self, g: &Graph, sampler: SamplerSpec) {
         let b = self.spec.cache.batch;
-        let prefill = (!self.spec.is_decode())
-            .then(|| Prefill { last: g.arg("last", DType::I32, &[b]), token: g.arg("token", DType::I32, &[b, 1]) });
+        let prefill = (!self.spec.is_decode()).then(|| Prefill::declare(g, b, &sampler));
         let args = SamplerArgs::declare(g, sampler, b, self.cfg.vocab_size);
         let hidden = self.forward(g);
 
@@ -154,32 +153,58 @@ impl Step<'_> {
         let sampled = sample(&logits, &next, &args);
         let token = sampled.reshape(&[b, 1]);
         let token = match &prefill {
-            Some(prefill) => prefill.last.ne(0i64).reshape(&[b, 1]).select(&token, &prefill.token),
+            Some(prefill) => prefill.ends(&[b, 1]).select(&token, &prefill.token),
             None => token,
         };
         g.output("token", &token);
         g.output("position", &next);
         if let Some(count) = sampler.log_probabilities {
             let all = log_softmax(&logits);
-            g.output("log_probability", &all.take_along(&token, 1));
-            let (ids, log_probabilities) = best(&all, count);
-            g.output("best_ids", &ids);
-            g.output("best_log_probabilities", &log_probabilities);
+            let (ids, values) = best(&all, count);
+            let now = [all.take_along(&token, 1), ids, values];
+            for (i, (name, now)) in LOG_PROBABILITIES.into_iter().zip(now).enumerate() {
+                let value = match &prefill {
+                    Some(prefill) => prefill.ends(now.shape()).select(&now, &prefill.log_probabilities[i]),
+                    None => now,
+                };
+                g.output(name, &value);
+            }
         }
         if let Some(counts) = &args.output_counts {
             let id = g.iota(DType::I32, counts.shape(), 1);
             let mut drawn = id.eq(&token.broadcast_to(counts.shape())).cast(DType::I32);
             if let Some(prefill) = &prefill {
-                drawn = drawn * prefill.last.reshape(&[b, 1]).broadcast_to(counts.shape());
+                drawn = drawn * prefill.ends(counts.shape()).cast(DType::I32);
             }
             g.output_aliased("sampler/output_counts", &(counts + drawn), counts);
         }
     }
 }
 
+/// Of the token drawn, ids of the most likely, and theirs.
+const LOG_PROBABILITIES: [&str; 3] = ["log_probability", "best_ids", "best_log_probabilities"];
+
+/// What a prefill is given beside a step's arguments: which slots end here, and what the others keep.
 struct Prefill {
     last: Tensor,
     token: Tensor,
+    log_probabilities: Vec<Tensor>,
+}
+
+impl Prefill {
+    fn declare(g: &Graph, b: usize, sampler: &SamplerSpec) -> Prefill {
+        let last = g.arg("last", DType::I32, &[b]);
+        let token = g.arg("token", DType::I32, &[b, 1]);
+        let kept = sampler.log_probabilities.map(|n| [(DType::F32, 1), (DType::I32, n), (DType::F32, n)]);
+        let kept = kept.into_iter().flatten().zip(LOG_PROBABILITIES);
+        let log_probabilities = kept.map(|((dtype, n), name)| g.arg(&format!("kept/{name}"), dtype, &[b, n])).collect();
+        Prefill { last, token, log_probabilities }
+    }
+
+    /// True in the rows of the slots whose prompt ends here.
+    fn ends(&self, shape: &[usize]) -> Tensor {
+        self.last.ne(0i64).reshape(&[shape[0], 1]).broadcast_to(shape)
+    }
 }
 
 /// Row `valid − 1` of each slot (the first where nothing counts): (B, S, M), (B) → (B, 1, M).
@@ -227,21 +252,20 @@ pub fn build_cache_program(program: CacheProgram, shape: CacheShape, cfg: &Model
     }
     let old = KvCache::declare(&g, shape, cfg);
     let index = |name: &str, n: usize| g.arg(name, DType::I32, &[n]);
-    let change: Box<dyn Fn(&Tensor, bool) -> Tensor> = match program {
+    // What is done to the arrays of slots, and to pools of pages.
+    type Change = Box<dyn Fn(&Tensor) -> Tensor>;
+    let (slots, pools): (Change, Change) = match program {
         CacheProgram::CopyPages { count } => {
             let (from, to) = (index("from", count), index("to", count).reshape(&[count, 1]));
-            Box::new(move |array, paged| match paged {
-                true => array.scatter(&to, &array.take(&from, 0), None, false),
-                false => array.clone(),
-            })
+            (Box::new(Tensor::clone), Box::new(move |pool| pool.scatter(&to, &pool.take(&from, 0), None, false)))
         }
         _ => {
             let parents = index("parents", shape.batch);
-            Box::new(move |array, paged| if paged { array.clone() } else { array.take(&parents, 0) })
+            (Box::new(move |array| array.take(&parents, 0)), Box::new(Tensor::clone))
         }
     };
     for (array, (_, layout, _)) in old.iter().zip(arrays()) {
-        let new = change(array, matches!(layout, Layout::Paged(_)));
+        let new = if matches!(layout, Layout::Paged(_)) { pools(array) } else { slots(array) };
         g.output_aliased(&array.name().unwrap_or_default(), &new, array);
     }
     Ok(g.finish()?)

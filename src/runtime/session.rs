@@ -146,7 +146,7 @@ impl<'e> Session<'e> {
     }
 
     /// Gives `slot`, which is emptied, the longest beginning of `prompt` that some slot holds already, and returns its
-    /// length; at least one token of the prompt is left to be run.
+    /// length; at least one token of the prompt is left to be run, by [`Session::start`] before anything else.
     pub fn reuse(&mut self, slot: usize, prompt: &[u32]) -> Result<usize, Error> {
         let found = self.slots.prefix(&prompt[..prompt.len().saturating_sub(1)]);
         let found = found.filter(|&(from, len)| self.keepable(from, len, prompt.len()) == len);
@@ -163,7 +163,8 @@ impl<'e> Session<'e> {
         Ok(self.slots.truncate(slot, len))
     }
 
-    /// Slot i becomes a copy of slot `parents[i]`, as beam search needs it.
+    /// Slot i becomes a copy of slot `parents[i]`, as beam search needs it. The tokens drawn last stay where they are: what comes
+    /// next is a prompt or [`Session::best`], not [`Session::decode`].
     pub fn reorder(&mut self, parents: &[usize]) -> Result<(), Error> {
         let CacheShape { batch, .. } = self.shape;
         if parents.len() != batch || parents.iter().any(|&parent| parent >= batch) {
@@ -376,6 +377,9 @@ impl<'e> Session<'e> {
         chunk: Option<usize>,
     ) -> Result<(), Error> {
         self.check_ids(prompts)?;
+        // Pages are refused for the whole of it, not after some of its chunks.
+        let ends = self.used().into_iter().zip(prompts).map(|(used, p)| if p.is_empty() { 0 } else { used + p.len() });
+        self.slots.clone().reserve(&ends.collect::<Vec<_>>())?;
         self.start_sampling(prompts, sampling)?;
         self.set_rope_len(prompts)?;
         let longest = prompts.iter().map(Vec::len).max().unwrap_or(0);
@@ -454,7 +458,7 @@ impl<'e> Session<'e> {
         let given = given.iter().map(Arc::as_ref);
         let mut args: Vec<&Buffer> = match spec.is_decode() {
             true => [&state.token, &state.position].into_iter().chain(given).collect(),
-            false => given.chain([&state.token]).collect(),
+            false => given.chain([&state.token]).chain(&state.log_probabilities).collect(),
         };
         args.extend(state.sampler_args());
         let mut rest = self.execute(&program, &args)?.into_iter();
@@ -570,14 +574,26 @@ impl<'e> Session<'e> {
         let i32s = |data: Option<Vec<i32>>| {
             data.map(|d| client.upload_slice(&d, &[b, v], device)).transpose().map_err(Error::from)
         };
+        let (token, kept) = match old {
+            Some(old) => {
+                (old.token, (old.spec.log_probabilities == spec.log_probabilities).then_some(old.log_probabilities))
+            }
+            None => (client.upload_slice(&vec![0i32; b], &[b, 1], device)?, None),
+        };
+        let log_probabilities = match (kept, spec.log_probabilities) {
+            (Some(kept), _) => kept,
+            (None, None) => Vec::new(),
+            (None, Some(n)) => vec![
+                client.upload_slice(&vec![0f32; b], &[b, 1], device)?,
+                client.upload_slice(&vec![0i32; b * n], &[b, n], device)?,
+                client.upload_slice(&vec![0f32; b * n], &[b, n], device)?,
+            ],
+        };
         self.state = Some(State {
             spec,
-            token: match old {
-                Some(old) => old.token,
-                None => client.upload_slice(&vec![0i32; b], &[b, 1], device)?,
-            },
+            token,
             position: self.upload_positions()?,
-            log_probabilities: Vec::new(),
+            log_probabilities,
             settings: f32s(settings, Settings::LEN)?,
             seed: spec.random.then(|| client.upload_slice(&seeds, &[b], device)).transpose()?,
             output_counts: i32s(output_counts)?,

@@ -264,6 +264,15 @@ pub(super) fn join(items: &Value, between: Option<&str>) -> Result<String, Error
     Ok(items.join(between.unwrap_or_default()))
 }
 
+/// The `escape` filter, for HTML: what is safe already stays.
+pub(super) fn escape(text: &Value) -> Value {
+    if text.is_safe() {
+        return text.clone();
+    }
+    let text = to_str(text).replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;");
+    Value::from_safe_string(text.replace('\'', "&#39;").replace('"', "&#34;"))
+}
+
 /// The `upper` filter.
 pub(super) fn upper(text: &Value) -> String {
     to_str(text).to_uppercase()
@@ -490,6 +499,7 @@ mod tests {
         env.add_filter("int", super::int);
         env.add_filter("float", super::float);
         env.add_filter("title", super::title);
+        env.add_filter("e", super::escape);
         env.add_filter("trim", super::trim);
         env.add_filter("join", super::join);
         let source = format!("{{{{ {expression} }}}}");
@@ -540,8 +550,13 @@ mod tests {
             ("'doc_id they\\'re (aB) x-y'|title", "Doc_id They're (Ab) X-Y"),
             ("[1.0, ['a'], none, 1e20]|join('|')", "1.0|['a']|None|1e+20"),
             ("'abc'|join", "abc"),
+            ("'<a href=\\'/\\'>\"&'|e", "&lt;a href=&#39;/&#39;&gt;&#34;&amp;"),
+            ("'<'|e|e ~ '<'|safe|e", "&lt;<"),
             ("'\\x1c a\\x1f\\x85\\u3000\\u200b'|trim == 'a\\x1f\\x85\\u3000\\u200b'", "True"),
-            ("'\\x1ca\\x1f'.strip() ~ 'xay'.strip('xy') ~ 'xx'.strip('x') ~ ' b'.lstrip() ~ 'c\\n'.rstrip('\\n')", "aabc"),
+            (
+                "'\\x1ca\\x1f'.strip() ~ 'xay'.strip('xy') ~ 'xx'.strip('x') ~ ' b'.lstrip() ~ 'c\\n'.rstrip('\\n')",
+                "aabc",
+            ),
             ("'a\\x1cb'.split()", "['a', 'b']"),
             ("{'a': [1]}.copy()", "{'a': [1]}"),
             ("['a'].append('b')", "error: UnknownMethod"),

@@ -131,7 +131,7 @@ fn configurations_that_are_not_supported() {
         ("hidden_act", json!("swoosh"), ["hidden_act", "swoosh"]),
         ("rope_scaling", json!({"rope_type": "spiral", "factor": 2.0}), ["rope_type", "spiral"]),
         ("rope_scaling", json!({"type": "longrope", "factor": 2.0}), ["rope_scaling", "longrope"]),
-        ("rope_parameters", json!({"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4}), ["rope_type", "yarn"]),
+        ("rope_parameters", json!({"rope_type": "yarn", "factor": -2.0, "rope_theta": 1e4}), ["factor", "-2"]),
         ("num_attention_heads", json!(3), ["num_attention_heads", "3"]),
         ("num_hidden_layers", json!(1u64 << 60), ["num_hidden_layers", "1152921504606846976"]),
         ("head_dim", json!(0), ["head_dim", "0"]),

@@ -9,10 +9,12 @@ use xllama::runtime::{CacheOptions, Engine, Session};
 
 use crate::support::{engine, golden};
 
-/// Models with full, windowed and mixed layers; windows of 7 make rings of 39.
-const CASES: [&str; 4] = ["gqa2", "qwen3", "mistral-window7", "gemma3-window7"];
+const STATIC: CacheOptions = CacheOptions { dtype: None, page_size: None, pages: None };
+const PAGED: CacheOptions = CacheOptions { page_size: Some(16), ..STATIC };
 
-const PAGED: CacheOptions = CacheOptions { dtype: None, page_size: Some(16), pages: None };
+/// Full layers, windowed ones, and both in one model, there also with pages; windows of 7 make rings of 39.
+const CASES: [(&str, CacheOptions); 4] =
+    [("gqa2", STATIC), ("gqa2", PAGED), ("mistral-window7", STATIC), ("gemma3-window7", PAGED)];
 
 fn open(case: &str, options: CacheOptions) -> Engine {
     engine(&PathBuf::from(golden(case))).with_cache(options)
@@ -42,104 +44,98 @@ fn alone(engine: &Engine, prompt: &[u32], n: usize) -> Vec<u32> {
 
 #[test]
 fn texts_begin_and_end_at_different_times() {
-    for case in CASES {
-        for options in [CacheOptions::default(), PAGED] {
-            let engine = open(case, options);
-            let vocab = engine.config().vocab_size;
-            let greedy = SamplingOptions::default();
-            let mut session = Session::new(&engine, 3, 256).expect("a session");
-            // At which step a prompt begins, in which slot, and its length.
-            let starts = [(0, 0, 50), (3, 1, 5), (7, 2, 90), (25, 1, 33), (60, 1, 64)];
-            let mut texts: Vec<(usize, Vec<u32>, Vec<u32>)> = Vec::new();
-            for step in 0..90 {
-                if step > 0 {
-                    session.decode().expect("a step");
-                    let ids = drawn(&session);
-                    for slot in 0..3 {
-                        if let Some(text) = texts.iter_mut().rev().find(|(of, ..)| *of == slot) {
-                            text.2.push(ids[slot]);
-                        }
+    for (case, options) in CASES {
+        let engine = open(case, options);
+        let vocab = engine.config().vocab_size;
+        let greedy = SamplingOptions::default();
+        let mut session = Session::new(&engine, 3, 256).expect("a session");
+        // At which step a prompt begins, in which slot, and its length.
+        let starts = [(0, 0, 50), (3, 1, 5), (7, 2, 90), (25, 1, 33), (60, 1, 64)];
+        let mut texts: Vec<(usize, Vec<u32>, Vec<u32>)> = Vec::new();
+        for step in 0..90 {
+            if step > 0 {
+                session.decode().expect("a step");
+                let ids = drawn(&session);
+                for (slot, id) in ids.iter().enumerate() {
+                    if let Some(text) = texts.iter_mut().rev().find(|(of, ..)| *of == slot) {
+                        text.2.push(*id);
                     }
                 }
-                for (_, slot, len) in starts.iter().filter(|(at, ..)| *at == step) {
-                    let prompt = prompt(*len, step + 2, vocab);
-                    session.free(*slot);
-                    session.start(*slot, &prompt, &greedy).expect("a start");
-                    texts.push((*slot, prompt, vec![drawn(&session)[*slot]]));
-                }
             }
-            for (slot, prompt, text) in texts {
-                let wanted = alone(&engine, &prompt, text.len());
-                assert_eq!(text, wanted, "{case}, {options:?}: {} tokens in slot {slot}", prompt.len());
+            for (_, slot, len) in starts.iter().filter(|(at, ..)| *at == step) {
+                let prompt = prompt(*len, step + 2, vocab);
+                session.free(*slot);
+                session.start(*slot, &prompt, &greedy).expect("a start");
+                texts.push((*slot, prompt, vec![drawn(&session)[*slot]]));
             }
+        }
+        for (slot, prompt, text) in texts {
+            let wanted = alone(&engine, &prompt, text.len());
+            assert_eq!(text, wanted, "{case}, {options:?}: {} tokens in slot {slot}", prompt.len());
         }
     }
 }
 
 #[test]
 fn a_beginning_is_taken_over() {
-    for case in CASES {
-        for options in [CacheOptions::default(), PAGED] {
-            let engine = open(case, options);
-            let vocab = engine.config().vocab_size;
-            let greedy = SamplingOptions::default();
-            let first = prompt(60, 3, vocab);
-            let second = [&first[..45], &prompt(20, 5, vocab)].concat();
-            let mut session = Session::new(&engine, 3, 256).expect("a session");
-            session.start(0, &first, &greedy).expect("a start");
-            let mut texts = [vec![drawn(&session)[0]], Vec::new(), Vec::new()];
-            for (slot, prompt) in [(1, &first), (2, &second)] {
-                let reused = session.reuse(slot, prompt).expect("a copy");
-                // Of a ring the last positions only can be taken back: 15 are within its slack, with those since drawn.
-                let wanted = if slot == 1 { 59 } else { 45 };
-                assert_eq!(reused, wanted, "{case}, {options:?}");
-                assert_eq!(session.used()[slot], reused);
-                session.start(slot, &prompt[reused..], &greedy).expect("a start");
-                let ids = drawn(&session);
-                texts[slot].push(ids[slot]);
-            }
-            for _ in 1..40 {
-                session.decode().expect("a step");
-                texts.iter_mut().zip(drawn(&session)).for_each(|(text, id)| text.push(id));
-            }
-            for (prompt, text) in [&first, &first, &second].into_iter().zip(texts) {
-                assert_eq!(text, alone(&engine, prompt, 40), "{case}, {options:?}");
-            }
-            let other = prompt(30, 9, vocab);
-            assert_eq!(session.reuse(1, &other).expect("nothing to copy"), 0);
-            assert_eq!(session.used()[1], 0, "the slot is empty then");
+    for (case, options) in CASES {
+        let engine = open(case, options);
+        let vocab = engine.config().vocab_size;
+        let greedy = SamplingOptions::default();
+        let first = prompt(60, 3, vocab);
+        let second = [&first[..45], &prompt(20, 5, vocab)].concat();
+        let mut session = Session::new(&engine, 3, 256).expect("a session");
+        session.start(0, &first, &greedy).expect("a start");
+        let mut texts = [vec![drawn(&session)[0]], Vec::new(), Vec::new()];
+        for (slot, prompt) in [(1, &first), (2, &second)] {
+            let reused = session.reuse(slot, prompt).expect("a copy");
+            // Of a ring the last positions only can be taken back: 15 are within its slack, with those since drawn.
+            let wanted = if slot == 1 { 59 } else { 45 };
+            assert_eq!(reused, wanted, "{case}, {options:?}");
+            assert_eq!(session.used()[slot], reused);
+            session.start(slot, &prompt[reused..], &greedy).expect("a start");
+            let ids = drawn(&session);
+            texts[slot].push(ids[slot]);
         }
+        for _ in 1..40 {
+            session.decode().expect("a step");
+            texts.iter_mut().zip(drawn(&session)).for_each(|(text, id)| text.push(id));
+        }
+        for (prompt, text) in [&first, &first, &second].into_iter().zip(texts) {
+            assert_eq!(text, alone(&engine, prompt, 40), "{case}, {options:?}");
+        }
+        let other = prompt(30, 9, vocab);
+        assert_eq!(session.reuse(1, &other).expect("nothing to copy"), 0);
+        assert_eq!(session.used()[1], 0, "the slot is empty then");
     }
 }
 
 #[test]
 fn prompts_of_different_lengths_get_their_own_logits() {
-    for case in CASES {
-        for options in [CacheOptions::default(), PAGED] {
-            let engine = open(case, options);
-            let vocab = engine.config().vocab_size;
-            let rows = [prompt(70, 1, vocab), prompt(3, 2, vocab), Vec::new(), prompt(41, 4, vocab)];
-            let mut session = Session::new(&engine, 4, 256).expect("a session");
-            // All at once, then more of some: what was padding must not be seen.
-            let more = [prompt(2, 6, vocab), prompt(9, 7, vocab), prompt(20, 8, vocab), Vec::new()];
-            let mut found: Vec<Vec<f32>> = vec![Vec::new(); 4];
-            for (rows, padded) in [(&rows, 80), (&more, 32)] {
-                let logits = session.logits(rows, padded).expect("logits");
-                let mut at = 0;
-                for (slot, row) in rows.iter().enumerate() {
-                    found[slot].extend(&logits[at..at + row.len() * vocab]);
-                    at += row.len() * vocab;
-                }
-                assert_eq!(at, logits.len());
+    for (case, options) in CASES {
+        let engine = open(case, options);
+        let vocab = engine.config().vocab_size;
+        let rows = [prompt(70, 1, vocab), prompt(3, 2, vocab), Vec::new(), prompt(41, 4, vocab)];
+        let mut session = Session::new(&engine, 4, 256).expect("a session");
+        // All at once, then more of some: what was padding must not be seen.
+        let more = [prompt(2, 6, vocab), prompt(9, 7, vocab), prompt(20, 8, vocab), Vec::new()];
+        let mut found: Vec<Vec<f32>> = vec![Vec::new(); 4];
+        for (rows, padded) in [(&rows, 80), (&more, 32)] {
+            let logits = session.logits(rows, padded).expect("logits");
+            let mut at = 0;
+            for (slot, row) in rows.iter().enumerate() {
+                found[slot].extend(&logits[at..at + row.len() * vocab]);
+                at += row.len() * vocab;
             }
-            for (slot, found) in found.iter().enumerate() {
-                let mut session = Session::new(&engine, 1, 256).expect("a session");
-                let text = [&rows[slot][..], &more[slot]].concat();
-                let wanted = session.logits(&[text.clone()], text.len()).expect("logits");
-                assert_eq!(found.len(), wanted.len());
-                let worst = found.iter().zip(&wanted).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
-                assert!(worst <= 1e-4, "{case}, {options:?}, slot {slot}: {worst}");
-            }
+            assert_eq!(at, logits.len());
+        }
+        for (slot, found) in found.iter().enumerate() {
+            let mut session = Session::new(&engine, 1, 256).expect("a session");
+            let text = [&rows[slot][..], &more[slot]].concat();
+            let wanted = session.logits(std::slice::from_ref(&text), text.len()).expect("logits");
+            assert_eq!(found.len(), wanted.len());
+            let worst = found.iter().zip(&wanted).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+            assert!(worst <= 1e-4, "{case}, {options:?}, slot {slot}: {worst}");
         }
     }
 }
@@ -197,6 +193,37 @@ fn int8_is_close() {
             let scale = exact.iter().fold(0.0f32, |a, x| a.max(x.abs()));
             let worst = exact.iter().zip(&int8).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
             assert!(worst > 0.0 && worst <= 0.02 * scale, "{case}: {worst} of {scale}");
+        }
+    }
+}
+
+#[test]
+fn log_probabilities_are_those_of_the_slots_own_prompt() {
+    let engine = open("gqa2", STATIC);
+    let vocab = engine.config().vocab_size;
+    // The second ends in a later chunk than the first, the third is started while both stand.
+    let prompts = [prompt(20, 3, vocab), prompt(200, 4, vocab), prompt(40, 5, vocab)];
+    for count in [0, 2] {
+        let options = SamplingOptions { log_probabilities: Some(count), ..SamplingOptions::default() };
+        let read = |session: &Session| session.read_tokens().expect("tokens").wait().expect("tokens");
+        let mut together = Session::new(&engine, 3, 256).expect("a session");
+        let mut all = [prompts[0].clone(), prompts[1].clone(), vec![1]].to_vec();
+        together.prefill(&all, &vec![options.clone(); 3], None).expect("a prefill");
+        together.free(2);
+        together.start(2, &prompts[2], &options).expect("a start");
+        all[2] = prompts[2].clone();
+        let found = read(&together);
+        for (slot, prompt) in all.iter().enumerate() {
+            let mut alone = Session::new(&engine, 1, 256).expect("a session");
+            alone.prefill(std::slice::from_ref(prompt), std::slice::from_ref(&options), None).expect("a prefill");
+            let [wanted] = &read(&alone)[..] else { panic!("one slot") };
+            let found = &found[slot];
+            assert_eq!((found.id, found.best.len()), (wanted.id, count));
+            let pairs = found.best.iter().zip(&wanted.best).map(|(a, b)| (a.1, b.1));
+            let own = (found.log_probability.expect("asked for"), wanted.log_probability.expect("asked for"));
+            for (a, b) in pairs.chain([own]) {
+                assert!((a - b).abs() < 1e-4, "slot {slot}: {a} and {b}");
+            }
         }
     }
 }

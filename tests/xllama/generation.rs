@@ -10,7 +10,7 @@ use xllama::generation::{FinishReason, GenerateOptions, SamplingOptions, generat
 use xllama::runtime::{Engine, Session};
 use xllama::text::Tokenizer;
 
-use crate::support::{Folder, Tiny, byte_id, engine, finish, golden, run, xllama_with_own_cache};
+use crate::support::{Folder, Tiny, VOCAB, byte_id, engine, finish, golden, run, xllama_with_own_cache};
 
 /// Runs `xllama generate ARGS --json --model MODEL`.
 fn text(model: &str, args: &[&str]) -> Value {
@@ -406,4 +406,134 @@ fn the_default_model_speaks() {
     chat.args(["generate", "--chat", "Name three colours.", "--max-tokens", "40", "--stop", "\n\n", "--json"]);
     let chat = finish(&mut chat).json();
     assert!(chat["text"].as_str().is_some_and(|t| !t.contains("\n\n") && t.len() > 5), "{chat}");
+}
+
+#[test]
+fn samples_are_what_their_seeds_give_alone() {
+    let folder = Tiny::random().folder();
+    let model = folder.model();
+    let base = ["once upon a time", "--max-tokens", "20", "--temperature", "1.2", "--top-p", "0.95"];
+    for more in
+        [&[][..], &["--repetition-penalty", "1.3", "--typical-p", "0.8"], &["--stop", "a"], &["--cache-page", "16"]]
+    {
+        let base = [&base[..], more].concat();
+        let all = text(&model, &[&base[..], &["--samples", "4", "--seed", "5"]].concat());
+        let samples = all["samples"].as_array().expect("a list");
+        assert_eq!(samples.len(), 4);
+        for (i, sample) in samples.iter().enumerate() {
+            let alone = text(&model, &[&base[..], &["--seed", &(5 + i).to_string()]].concat());
+            for key in ["text", "tokens", "finish_reason"] {
+                assert_eq!(sample[key], alone[key], "{more:?}, sample {i}");
+            }
+        }
+        for key in ["text", "tokens", "finish_reason"] {
+            assert_eq!(all[key], samples[0][key], "the first is the one that counts");
+        }
+        let texts: BTreeSet<String> = samples.iter().map(|sample| sample["tokens"].to_string()).collect();
+        assert_eq!(texts.len(), 4, "four seeds, four texts");
+    }
+    // A prompt of one token has nothing to share, and one sample is one text.
+    let one = text(&model, &["", "--max-tokens", "3", "--samples", "2", "--temperature", "1"]);
+    assert_eq!(one["samples"].as_array().map(Vec::len), Some(2));
+    assert_eq!(
+        text(&model, &["x", "--max-tokens", "3", "--samples", "1"])["samples"].as_array().map(Vec::len),
+        Some(1)
+    );
+    assert_eq!(text(&model, &["x", "--max-tokens", "0", "--samples", "2", "--temperature", "1"])["text"], "");
+
+    let shown = run(["generate", "once", "--quiet", "--samples", "2", "--temperature", "1", "--model", &model]);
+    let lines: Vec<&str> = shown.ok().lines().filter(|line| line.starts_with("──")).collect();
+    assert_eq!(lines, ["── 1 ──", "── 2 ──"]);
+}
+
+#[test]
+fn log_probabilities_are_the_models_own() {
+    let folder = Tiny::random().folder();
+    let model = folder.model();
+    let out = folder.arg("logits.npz");
+    // Whatever is done to the logits before the draw, the model's own count.
+    for more in [&[][..], &["--temperature", "2", "--repetition-penalty", "1.5", "--top-k", "9", "--logit-bias", "7=3"]]
+    {
+        let prompt = ["once", "--max-tokens", "12"];
+        let plain = text(&model, &[&prompt[..], more].concat());
+        for n in [0usize, 3, 40] {
+            let done = text(&model, &[&prompt[..], more, &["--logprobs", &n.to_string()]].concat());
+            assert_eq!(done["tokens"], plain["tokens"], "they change nothing");
+            let log_probabilities = done["logprobs"].as_array().expect("a list");
+            assert_eq!(log_probabilities.len(), 12);
+
+            // Against the logits of the whole text.
+            let checkpoint = Checkpoint::open(&folder.path("model")).expect("a checkpoint");
+            let tokenizer = Tokenizer::of_checkpoint(&checkpoint).expect("a tokenizer");
+            let mut ids: Vec<u64> = tokenizer.encode("once", true).expect("ids").into_iter().map(u64::from).collect();
+            let prompt_len = ids.len();
+            ids.extend(tokens(&done));
+            let list = ids.iter().map(u64::to_string).collect::<Vec<_>>().join(",");
+            run(["logits", "--tokens", &list, "--out", &out, "--model", &model]).ok();
+            let mut archive = npyz::npz::NpzArchive::open(&out).expect("an archive");
+            let logits: Vec<f32> =
+                archive.by_name("logits").expect("readable").expect("there").into_vec().expect("f32");
+            for (i, entry) in log_probabilities.iter().enumerate() {
+                let row = &logits[(prompt_len + i - 1) * VOCAB..][..VOCAB];
+                let total = row.iter().map(|x| f64::from(*x).exp()).sum::<f64>().ln();
+                let wanted = |id: &Value| f64::from(row[id.as_u64().expect("an id") as usize]) - total;
+                let close = |entry: &Value| {
+                    let found = entry["logprob"].as_f64().expect("a number");
+                    assert!((found - wanted(&entry["id"])).abs() < 1e-4, "{entry}");
+                    assert!(entry["token"].is_string());
+                    found
+                };
+                assert_eq!(entry["id"].as_u64(), Some(ids[prompt_len + i]));
+                close(entry);
+                let top: Vec<f64> = entry["top"].as_array().expect("a list").iter().map(close).collect();
+                assert_eq!(top.len(), n);
+                assert!(top.is_sorted_by(|a, b| a >= b), "{top:?}");
+                let best = row.iter().copied().fold(f32::MIN, f32::max);
+                assert!(top.first().is_none_or(|x| (x - (f64::from(best) - total)).abs() < 1e-4));
+            }
+        }
+    }
+    let shown = run(["generate", "once", "--quiet", "--max-tokens", "2", "--logprobs", "2", "--model", &model]);
+    let lines: Vec<&str> = shown.ok().lines().rev().take(3).collect();
+    assert!(lines[2].starts_with("─") && lines[0].contains('"') && lines[0].contains("-"), "{lines:?}");
+    run(["generate", "x", "--logprobs", "320", "--model", &model]).fails(2, &["--logprobs", "319", "320"]);
+}
+
+#[test]
+fn searches_speak_and_do_not_mix() {
+    let folder = Tiny::says(TEXT, 2).folder();
+    let model = folder.model();
+    let beams = text(&model, &["", "--beams", "3", "--max-tokens", "30"]);
+    let list = beams["beams"].as_array().expect("a list");
+    assert_eq!((beams["text"].as_str(), beams["finish_reason"].as_str(), list.len()), (Some(TEXT), Some("stop"), 3));
+    let scores: Vec<f64> = list.iter().map(|beam| beam["score"].as_f64().expect("a number")).collect();
+    assert!(scores.is_sorted_by(|a, b| a >= b), "{scores:?}");
+    assert_eq!((&list[0]["text"], &list[0]["tokens"]), (&beams["text"], &beams["tokens"]));
+    let shown = run(["generate", "", "--quiet", "--beams", "2", "--max-tokens", "30", "--model", &model]);
+    assert_eq!(shown.ok(), format!("{TEXT}\n"));
+    let contrastive = text(&model, &["", "--penalty-alpha", "0.3", "--top-k", "3", "--max-tokens", "30"]);
+    assert_eq!(contrastive["text"], TEXT);
+    for search in [&["--beams", "2"][..], &["--penalty-alpha", "0.6", "--top-k", "2"]] {
+        assert_eq!(text(&model, &[&["", "--max-tokens", "0"], search].concat())["text"], "");
+    }
+
+    for (args, parts) in [
+        (&["--beams", "2", "--temperature", "1"][..], &["--beams", "--temperature"][..]),
+        (&["--beams", "2", "--repetition-penalty", "1.2"], &["--beams", "--repetition-penalty"]),
+        (&["--beams", "2", "--logprobs", "1"], &["--beams", "--logprobs"]),
+        (&["--beams", "2", "--stop", "x"], &["--beams", "--stop"]),
+        (&["--beams", "2", "--samples", "2"], &["--samples", "--beams"]),
+        (&["--beams", "2", "--penalty-alpha", "0.6"], &["--beams", "--penalty-alpha"]),
+        (&["--beams", "2", "--length-penalty", "inf"], &["--length-penalty", "inf"]),
+        (&["--beams", "0"], &["--beams"]),
+        (&["--length-penalty", "1"], &["--beams"]),
+        (&["--early-stopping"], &["--beams"]),
+        (&["--penalty-alpha", "0.6"], &["--penalty-alpha", "--top-k"]),
+        (&["--penalty-alpha", "1.6", "--top-k", "4"], &["--penalty-alpha", "1.6"]),
+        (&["--penalty-alpha", "0.6", "--top-k", "4", "--top-p", "0.9"], &["--penalty-alpha", "--top-p"]),
+        (&["--samples", "2"], &["--samples", "--temperature"]),
+        (&["--samples", "0"], &["--samples"]),
+    ] {
+        run([&["generate", "x", "--model", &model], args].concat()).fails(2, parts);
+    }
 }

@@ -35,11 +35,37 @@ fn every_golden_holds() {
     for case in manifest["cases"].as_array().expect("cases") {
         let checks: Vec<&str> =
             rows.iter().filter(|r| r["case"] == case["name"]).map(|r| r["check"].as_str().expect("a name")).collect();
-        for wanted in ["f32 prefill", "chunks that divide", "chunks that do not", "decode", "greedy", "bf16 prefill"] {
+        let greedy = case["greedy"].as_array().is_some_and(|list| !list.is_empty()).then_some("greedy");
+        let always = ["f32 prefill", "chunks that divide", "chunks that do not", "decode", "bf16 prefill"];
+        for wanted in always.into_iter().chain(greedy) {
             assert!(checks.iter().any(|c| c.starts_with(wanted)), "{}: no {wanted} in {checks:?}", case["name"]);
         }
         let stored = !case["activations"].as_array().expect("a list").is_empty();
         assert_eq!(checks.contains(&"activations"), stored, "{}", case["name"]);
+    }
+}
+
+/// Every layout and type of cache gives the logits of the static one in f32: pages exactly, int8 within what PyTorch loses
+/// by running in bf16. With rings and without, with experts, with softcaps.
+#[test]
+fn every_cache_holds() {
+    for case in ["gqa2", "mistral-window7", "gemma3", "mixtral-8x2-window"] {
+        for more in [["--cache-page", "16"], ["--cache-dtype", "int8"]] {
+            let (ok, rows) = rows(Path::new("golden"), &[&["--case", case], &more[..]].concat());
+            assert!(ok, "{more:?}: {:#?}", rows.iter().filter(|r| r["pass"] != true).collect::<Vec<_>>());
+            assert!(rows.len() >= 2);
+        }
+    }
+}
+
+/// The manifest covers the family: two cases or more of each type that the configuration knows.
+#[test]
+fn every_member_has_goldens() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("golden/manifest.json");
+    let manifest: Value = serde_json::from_str(&std::fs::read_to_string(path).expect("there")).expect("valid");
+    for member in converter::config::model_types() {
+        let cases = manifest["cases"].as_array().expect("cases").iter().filter(|c| c["model_type"] == member).count();
+        assert!(cases >= 2, "{member}: {cases} cases");
     }
 }
 

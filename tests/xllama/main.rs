@@ -1,6 +1,7 @@
 //! The integration tests of the workspace, as one binary; each module says what it pins.
 
 mod architecture;
+mod attention;
 mod bad_input;
 mod cache;
 mod cli;

@@ -4,7 +4,6 @@
 
 use std::path::Path;
 
-use npyz::npz::NpzArchive;
 use serde_json::json;
 use xla::DType;
 use xla::graph::{Graph, Tensor};
@@ -14,7 +13,7 @@ use xllama::model::{load_balancing_loss, moe, router_z_loss};
 use xllama::params::{Mlp, Moe};
 use xllama::runtime::device;
 
-use crate::support::{plugin, repository};
+use crate::support::{block, plugin};
 
 /// Values and their shape.
 type Array = (Vec<f32>, Vec<usize>);
@@ -261,21 +260,6 @@ fn a_token_is_the_same_in_every_batch() {
     }
 }
 
-fn golden(name: &str) -> Array {
-    let mut npz = NpzArchive::open(repository("golden/blocks.npz")).expect("an archive");
-    let array = npz.by_name(name).expect("readable").unwrap_or_else(|| panic!("no {name}"));
-    let shape = array.shape().iter().map(|&n| n as usize).collect();
-    let text = array.dtype().descr();
-    let values = match text.trim_matches('\'') {
-        "<f8" => array.into_vec::<f64>().expect("f64").into_iter().map(|v| v as f32).collect(),
-        "<f4" => array.into_vec().expect("f32"),
-        "<i4" => array.into_vec::<i32>().expect("i32").into_iter().map(|v| v as f32).collect(),
-        "<i8" => array.into_vec::<i64>().expect("i64").into_iter().map(|v| v as f32).collect(),
-        other => panic!("{name}: {other}"),
-    };
-    (values, shape)
-}
-
 /// The experts (N, k) that tokens with these logits (N, E) take, in ascending order. Expert e here gives the weight of
 /// its choice at place e and 0 elsewhere.
 fn taken(client: &Client, logits: &Array, k: usize) -> Vec<Vec<usize>> {
@@ -309,8 +293,8 @@ fn taken(client: &Client, logits: &Array, k: usize) -> Vec<Vec<usize>> {
 fn among_equals_the_same_as_pytorch() {
     let client = client();
     for (e, k) in [(4, 2), (8, 2), (8, 3), (16, 4), (64, 2), (64, 6), (128, 2), (128, 8), (160, 6)] {
-        let found = taken(&client, &golden(&format!("ties/{e}_{k}/scores")), k);
-        let wanted = golden(&format!("ties/{e}_{k}/ids")).0;
+        let found = taken(&client, &block(&format!("ties/{e}_{k}/scores")), k);
+        let wanted = block(&format!("ties/{e}_{k}/ids")).0;
         for (row, (found, wanted)) in found.iter().zip(wanted.chunks(k)).enumerate() {
             let mut wanted: Vec<usize> = wanted.iter().map(|&id| id as usize).collect();
             wanted.sort_unstable();
@@ -330,10 +314,10 @@ fn among_equals_where_partitions_do_not_help() {
 #[test]
 fn losses_of_the_router() {
     let client = client();
-    let (logits, mask) = (golden("balance/logits"), golden("balance/mask"));
-    let k = golden("balance/k").0[0] as usize;
+    let (logits, mask) = (block("balance/logits"), block("balance/mask"));
+    let k = block("balance/k").0[0] as usize;
     let loss = |name: &str, found: Vec<f32>| {
-        let wanted = golden(name).0[0];
+        let wanted = block(name).0[0];
         assert!(found.len() == 1 && (found[0] - wanted).abs() <= 1e-6 * wanted, "{name}: {found:?}, wanted {wanted}");
     };
     loss("balance/loss", run(&client, &[&logits], |a| load_balancing_loss(&a[0], k, None)));

@@ -124,6 +124,21 @@ pub(crate) fn repository(path: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join(path)
 }
 
+/// An array of `golden/blocks.npz`, which holds what PyTorch's single blocks give: values and shape.
+pub(crate) fn block(name: &str) -> (Vec<f32>, Vec<usize>) {
+    let mut npz = npyz::npz::NpzArchive::open(repository("golden/blocks.npz")).expect("an archive");
+    let array = npz.by_name(name).expect("readable").unwrap_or_else(|| panic!("no {name}"));
+    let shape = array.shape().iter().map(|&n| n as usize).collect();
+    let values = match array.dtype().descr().trim_matches('\'') {
+        "<f8" => array.into_vec::<f64>().expect("f64").into_iter().map(|v| v as f32).collect(),
+        "<f4" => array.into_vec().expect("f32"),
+        "<i4" => array.into_vec::<i32>().expect("i32").into_iter().map(|v| v as f32).collect(),
+        "<i8" => array.into_vec::<i64>().expect("i64").into_iter().map(|v| v as f32).collect(),
+        other => panic!("{name}: {other}"),
+    };
+    (values, shape)
+}
+
 /// The checkpoint of a golden case.
 pub(crate) fn golden(case: &str) -> String {
     repository(&format!("golden/{case}/model")).to_str().expect("UTF-8").to_string()

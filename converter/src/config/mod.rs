@@ -318,9 +318,14 @@ fn check_parameter_count(keys: &Keys<'_>, sizes: [usize; 7]) -> Result<()> {
     Ok(())
 }
 
+/// The values of `model_type` that are understood.
+pub fn model_types() -> impl Iterator<Item = &'static str> {
+    FAMILIES.iter().map(|family| family.model_type)
+}
+
 /// Finds the entry of [`FAMILIES`] that the file is about.
 fn family(keys: &mut Keys<'_>) -> Result<&'static Family> {
-    let known = || FAMILIES.iter().map(|f| f.model_type).collect::<Vec<_>>().join(", ");
+    let known = || model_types().collect::<Vec<_>>().join(", ");
     let model_type = match keys.get("model_type") {
         Some(Value::String(name)) => name.clone(),
         Some(other) => return Err(keys.error("model_type", format!("expected a name ({}), found {other}", known()))),

@@ -113,7 +113,7 @@ fn part_of_a_head() {
     let config = json!({"rope_parameters": {"rope_theta": 1e6}});
     let glm = try_read(config, 16, 128, &GLM).expect("valid").0;
     assert_eq!(glm.dim, 8);
-    assert_eq!(glm.inv_freq(1), [1.0, 0.031622777, 0.001, 3.1622774e-5]);
+    assert_eq!(glm.inv_freq(1), [1.0, 0.031_622_78, 0.001, 3.162_277_4e-5]);
     for (config, part) in [
         (json!({"partial_rotary_factor": 0.3}), "partial_rotary_factor: 0.3 of a head of 10 elements is 3 that turn"),
         (json!({"partial_rotary_factor": 2.0}), "is 20 that turn"),
@@ -134,7 +134,7 @@ fn windowed_layers_have_their_own() {
     let read = |config| try_read(config, 8, 128, &GEMMA);
     let old = json!({"rope_scaling": {"rope_type": "linear", "factor": 8.0}, "rope_local_base_freq": 10000});
     let (full, sliding) = read(old).expect("valid");
-    assert_eq!(full.inv_freq(1), [0.125, 0.0039528473, 0.000125, 3.9528468e-6]);
+    assert_eq!(full.inv_freq(1), [0.125, 0.0039528473, 0.000125, 3.952_847e-6]);
     assert_eq!(sliding.as_ref().expect("its own").inv_freq(1), [1.0, 0.1, 0.01, 0.001]);
     let new = json!({"rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
                                          "sliding_attention": null}});
