@@ -4,8 +4,9 @@
     pip install torch==2.15.0 transformers==5.23.0 safetensors==0.8.0 sentencepiece==0.2.3 protobuf
     python3 scripts/make_extension_vectors.py converter/tests/data
 
-Writes extension.safetensors, rows in each type with their mean (summed in float64, rounded once), and
-extension.json: for each tokenizer the ids that transformers gives to texts after `add_tokens`.
+Writes extension.safetensors: rows in each type with their mean (summed in float64, rounded once), and the logits of
+golden/gqa2 past its context with the rotary parameters of transformers' YaRN × 4; and extension.json: for each tokenizer
+the ids that transformers gives to texts after `add_tokens`.
 """
 import json, shutil, sys, tempfile
 from pathlib import Path
@@ -13,7 +14,7 @@ from pathlib import Path
 import torch
 import transformers
 from safetensors.torch import save_file
-from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AddedToken, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 ROOT = Path(__file__).resolve().parent.parent
 ROWS, COLUMNS = 33, 20
@@ -33,6 +34,21 @@ def means():
         rows = (torch.randn(ROWS, COLUMNS, generator=generator) * 0.02).to(dtype)
         vectors |= {f"{name}.rows": rows, f"{name}.mean": rows.double().mean(0).to(dtype)}
     return vectors
+
+
+def stretched(positions=300, kept=40):
+    """Logits of the last positions of a text that is longer than the model's context of 256."""
+    folder = ROOT / "golden/gqa2/model"
+    config = AutoConfig.from_pretrained(folder)
+    context = config.max_position_embeddings
+    scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": context}
+    config.rope_parameters = config.rope_parameters | scaling
+    config.max_position_embeddings = 4 * context
+    model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.float64, attn_implementation="eager")
+    tokens = torch.randint(3, config.vocab_size, (1, positions), generator=torch.Generator().manual_seed(11))
+    with torch.no_grad():
+        logits = model(tokens).logits[0, -kept:].float()
+    return {"yarn.tokens": tokens[0].to(torch.int32), "yarn.logits": logits.contiguous()}
 
 
 def extended(tokenizer):
@@ -58,7 +74,7 @@ def sentencepiece(data):
 
 def main():
     data = Path(sys.argv[1])
-    save_file(means(), data / "extension.safetensors")
+    save_file(means() | stretched(), data / "extension.safetensors")
     (data / "extension.safetensors").chmod(0o644)
     byte_level = PreTrainedTokenizerFast(tokenizer_file=str(ROOT / "tests/data/chat/tokenizers/byte_level.json"))
     tokenizers = {"byte_level": extended(byte_level), "spm_bpe": extended(sentencepiece(data))}

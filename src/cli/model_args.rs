@@ -45,13 +45,12 @@ pub struct ModelArgs {
 
 /// `--cache-dtype` and `--cache-page`.
 #[derive(clap::Args, Clone)]
-#[command(next_help_heading = "Cache")]
 pub struct CacheArgs {
     /// Type of the key/value cache: f32, bf16, f16, or int8 with a scale for each position and head [default: --dtype's].
-    #[arg(long, value_name = "DTYPE", value_parser = parse_cache_dtype)]
+    #[arg(long, help_heading = "Cache", value_name = "DTYPE", value_parser = parse_cache_dtype)]
     pub cache_dtype: Option<DType>,
     /// Keep the cache in pages of N positions, which slots share [default: an array for each slot].
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    #[arg(long, help_heading = "Cache", value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
     pub cache_page: Option<u16>,
 }
 

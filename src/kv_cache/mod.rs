@@ -78,10 +78,10 @@ pub enum Layout {
 pub const SLACK: usize = 32;
 
 impl CacheShape {
-    /// The layout of one layer: a ring wherever that is smaller.
+    /// The layout of one layer: a ring wherever the window is shorter than the cache, so that no other layout has to mask it.
     pub fn layout(&self, layer: &LayerConfig) -> Layout {
         match (layer.window, self.pages) {
-            (Some(window), _) if window + SLACK < self.len => Layout::Ring { window },
+            (Some(window), _) if window < self.len => Layout::Ring { window },
             (_, Some(pages)) => Layout::Paged(pages),
             (_, None) => Layout::Static,
         }

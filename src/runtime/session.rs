@@ -3,13 +3,14 @@
 use std::sync::Arc;
 
 use xla::DType;
-use xla::pjrt::{Buffer, HostData, HostRead};
+use xla::pjrt::{Buffer, HostData};
 
+use super::draws::{Draws, TokenRead};
 use super::engine::{Engine, Program};
 use super::program::{CacheProgram, Output, StepSpec};
 use crate::Error;
 use crate::config;
-use crate::generation::options::{SamplingOptions, Settings};
+use crate::generation::options::SamplingOptions;
 use crate::generation::sampling::SamplerSpec;
 use crate::kv_cache::{CacheShape, Layout, PageCopy, Pages, Slots};
 
@@ -37,26 +38,7 @@ pub struct Session<'e> {
     frequencies: Vec<Arc<Buffer>>,
     /// How the slots that were started draw their tokens.
     sampling: Vec<Option<SamplingOptions>>,
-    state: Option<State>,
-}
-
-/// What decode feeds back to itself, and the sampler's arguments.
-struct State {
-    spec: SamplerSpec,
-    token: Buffer,
-    position: Buffer,
-    log_probabilities: Vec<Buffer>,
-    settings: Option<Buffer>,
-    seed: Option<Buffer>,
-    prompt_counts: Option<Buffer>,
-    output_counts: Option<Buffer>,
-    bias: Option<Buffer>,
-}
-
-impl State {
-    fn sampler_args(&self) -> impl Iterator<Item = &Buffer> {
-        [&self.settings, &self.seed, &self.prompt_counts, &self.output_counts, &self.bias].into_iter().flatten()
-    }
+    state: Option<Draws>,
 }
 
 /// The likeliest continuations of one slot.
@@ -123,8 +105,11 @@ impl<'e> Session<'e> {
     /// Forgets what comes after the first `len` tokens of slot `slot`, and gives how many are kept: `len`, or 0 where a
     /// sliding window has dropped what would be needed.
     pub fn truncate(&mut self, slot: usize, len: usize) -> usize {
-        // What decode would feed itself belongs to the end that was cut off.
-        self.state = None;
+        // What decode would feed this slot belongs to the end that was cut off.
+        self.sampling[slot] = None;
+        if self.sampling.iter().all(Option::is_none) {
+            self.state = None;
+        }
         let kept = self.slots.truncate(slot, len);
         if kept == 0 {
             self.rope_len[slot] = 0;
@@ -210,6 +195,7 @@ impl<'e> Session<'e> {
 
     /// Appends `tokens` (one row of ids for each slot) and returns the likeliest ids after each.
     pub fn best(&mut self, tokens: &[Vec<u32>], count: usize, hidden: bool) -> Result<Vec<Best>, Error> {
+        self.check_whole(tokens)?;
         self.set_rope_len(tokens)?;
         let longest = tokens.iter().map(Vec::len).max().unwrap_or(0);
         let m = self.engine.config().d_model;
@@ -377,9 +363,7 @@ impl<'e> Session<'e> {
         chunk: Option<usize>,
     ) -> Result<(), Error> {
         self.check_ids(prompts)?;
-        // Pages are refused for the whole of it, not after some of its chunks.
-        let ends = self.used().into_iter().zip(prompts).map(|(used, p)| if p.is_empty() { 0 } else { used + p.len() });
-        self.slots.clone().reserve(&ends.collect::<Vec<_>>())?;
+        self.check_whole(prompts)?;
         self.start_sampling(prompts, sampling)?;
         self.set_rope_len(prompts)?;
         let longest = prompts.iter().map(Vec::len).max().unwrap_or(0);
@@ -391,6 +375,15 @@ impl<'e> Session<'e> {
             done += size;
         }
         Ok(())
+    }
+
+    /// Refuses rows that do not fit before any of their chunks is run.
+    fn check_whole(&self, rows: &[Vec<u32>]) -> Result<(), Error> {
+        let ends =
+            self.used().into_iter().zip(rows).map(|(used, row)| if row.is_empty() { 0 } else { used + row.len() });
+        let ends: Vec<usize> = ends.collect();
+        self.check_room("the prompt", ends.iter().copied().max().unwrap_or(0))?;
+        self.slots.clone().reserve(&ends).map(drop)
     }
 
     /// The programs that [`Session::prefill`] of prompts of `len` tokens and then decode will run.
@@ -444,9 +437,7 @@ impl<'e> Session<'e> {
     /// Starts reading the tokens drawn last, one per slot.
     pub fn read_tokens(&self) -> Result<TokenRead, Error> {
         let state = self.state.as_ref().ok_or_else(|| Error::Empty("nothing was drawn yet".into()))?;
-        let log_probabilities =
-            state.log_probabilities.iter().map(Buffer::to_host_async).collect::<Result<Vec<_>, _>>()?;
-        Ok(TokenRead { tokens: state.token.to_host_async()?, log_probabilities })
+        state.read()
     }
 
     /// One run of a program that draws tokens. `given`: of prefill all arguments from ids to `last`, of decode those after
@@ -461,16 +452,8 @@ impl<'e> Session<'e> {
             false => given.chain([&state.token]).chain(&state.log_probabilities).collect(),
         };
         args.extend(state.sampler_args());
-        let mut rest = self.execute(&program, &args)?.into_iter();
-        let mut next = || rest.next().expect("the step returns what its output says");
-        state.token = next();
-        state.position = next();
-        if state.spec.log_probabilities.is_some() {
-            state.log_probabilities = vec![next(), next(), next()];
-        }
-        if state.output_counts.is_some() {
-            state.output_counts = Some(next());
-        }
+        let rest = self.execute(&program, &args)?;
+        state.renew(rest);
         self.state = Some(state);
         Ok(())
     }
@@ -487,7 +470,12 @@ impl<'e> Session<'e> {
 
     fn spec(&self, tokens: usize, end: usize, output: Output) -> StepSpec {
         let least = if tokens == 1 { READ_MIN } else { tokens };
-        let read_len = end.max(least).next_power_of_two().min(self.shape.len);
+        // Rings are read whole, so that one program serves a model that has nothing else.
+        let rings = |layer| matches!(self.shape.layout(layer), Layout::Ring { .. });
+        let read_len = match self.engine.config().layers.iter().all(rings) {
+            true => self.shape.len,
+            false => end.max(least).next_power_of_two().min(self.shape.len),
+        };
         StepSpec { tokens, cache: self.shape, read_len, output }
     }
 
@@ -506,100 +494,17 @@ impl<'e> Session<'e> {
 
     /// Makes the sampler's arguments for the slots of `sampling` that are given, beside those that were started before.
     fn start_sampling(&mut self, prompts: &[Vec<u32>], sampling: Vec<Option<SamplingOptions>>) -> Result<(), Error> {
-        let (b, v) = (self.shape.batch, self.engine.config().vocab_size);
         for options in sampling.iter().flatten() {
-            options.validate(v)?;
+            options.validate(self.engine.config().vocab_size)?;
             self.check_ids(std::slice::from_ref(&options.history))?;
         }
         // What the other slots drew goes on.
         let old = self.state.take();
         let starting: Vec<bool> = sampling.iter().map(Option::is_some).collect();
-        let merged: Vec<Option<SamplingOptions>> = sampling
-            .into_iter()
-            .zip(&mut self.sampling)
-            .map(|(new, old_one)| new.or(if old.is_some() { old_one.take() } else { None }))
-            .collect();
-        let row = |options: &Option<SamplingOptions>| options.clone().unwrap_or_default();
-        let rows: Vec<SamplingOptions> = merged.iter().map(row).collect();
-        self.sampling = merged;
-        let any = |f: fn(&SamplerSpec) -> bool| rows.iter().any(|s| f(&s.spec()));
-        let spec = SamplerSpec {
-            random: any(|s| s.random),
-            typical: any(|s| s.typical),
-            penalties: any(|s| s.penalties),
-            bias: any(|s| s.bias),
-            log_probabilities: rows.iter().filter_map(|s| s.log_probabilities).max(),
-        };
-        let greedy_in_batch = spec.random && rows.iter().any(|s| !s.spec().random);
-        let settings = (spec.random || spec.penalties).then(|| {
-            let rows = rows.iter().flat_map(|s| {
-                let mut row = s.settings(v);
-                if greedy_in_batch && !s.spec().random {
-                    row[Settings::TOP_K] = 1.0;
-                }
-                row
-            });
-            rows.collect::<Vec<f32>>()
-        });
-        let (mut prompt_counts, mut output_counts) = (None, None);
-        if spec.penalties {
-            let kept = |buffer: Option<&Buffer>| match buffer {
-                Some(buffer) => buffer.to_vec::<i32>().map_err(Error::from),
-                None => Ok(vec![0; b * v]),
-            };
-            let (mut prompt, mut output) = (
-                kept(old.as_ref().and_then(|old| old.prompt_counts.as_ref()))?,
-                kept(old.as_ref().and_then(|old| old.output_counts.as_ref()))?,
-            );
-            for slot in (0..b).filter(|&slot| starting[slot]) {
-                let counts = &mut prompt[slot * v..(slot + 1) * v];
-                counts.fill(0);
-                rows[slot].history.iter().chain(&prompts[slot]).for_each(|&id| counts[id as usize] += 1);
-                output[slot * v..(slot + 1) * v].fill(0);
-            }
-            (prompt_counts, output_counts) = (Some(prompt), Some(output));
-        }
-        let bias = spec.bias.then(|| {
-            let mut bias = vec![0f32; b * v];
-            for (slot, s) in rows.iter().enumerate() {
-                s.logit_bias.iter().for_each(|&(id, x)| bias[slot * v + id as usize] = x);
-            }
-            bias
-        });
-        let seeds: Vec<u64> = rows.iter().map(|s| s.seed).collect();
-        let (client, device) = (self.engine.client(), Some(self.engine.device()));
-        let f32s = |data: Option<Vec<f32>>, n: usize| {
-            data.map(|d| client.upload_slice(&d, &[b, n], device)).transpose().map_err(Error::from)
-        };
-        let i32s = |data: Option<Vec<i32>>| {
-            data.map(|d| client.upload_slice(&d, &[b, v], device)).transpose().map_err(Error::from)
-        };
-        let (token, kept) = match old {
-            Some(old) => {
-                (old.token, (old.spec.log_probabilities == spec.log_probabilities).then_some(old.log_probabilities))
-            }
-            None => (client.upload_slice(&vec![0i32; b], &[b, 1], device)?, None),
-        };
-        let log_probabilities = match (kept, spec.log_probabilities) {
-            (Some(kept), _) => kept,
-            (None, None) => Vec::new(),
-            (None, Some(n)) => vec![
-                client.upload_slice(&vec![0f32; b], &[b, 1], device)?,
-                client.upload_slice(&vec![0i32; b * n], &[b, n], device)?,
-                client.upload_slice(&vec![0f32; b * n], &[b, n], device)?,
-            ],
-        };
-        self.state = Some(State {
-            spec,
-            token,
-            position: self.upload_positions()?,
-            log_probabilities,
-            settings: f32s(settings, Settings::LEN)?,
-            seed: spec.random.then(|| client.upload_slice(&seeds, &[b], device)).transpose()?,
-            output_counts: i32s(output_counts)?,
-            prompt_counts: i32s(prompt_counts)?,
-            bias: f32s(bias, v)?,
-        });
+        let kept = self.sampling.iter_mut().map(|kept| if old.is_some() { kept.take() } else { None });
+        self.sampling = sampling.into_iter().zip(kept).map(|(new, kept)| new.or(kept)).collect();
+        let rows: Vec<SamplingOptions> = self.sampling.iter().map(|row| row.clone().unwrap_or_default()).collect();
+        self.state = Some(Draws::start(self.engine, prompts, &rows, &starting, old, self.upload_positions()?)?);
         Ok(())
     }
 
@@ -633,7 +538,7 @@ impl<'e> Session<'e> {
 }
 
 /// The chunk for the next of `left` tokens where the cache has `room` positions. Several runs of a small chunk cost
-/// less than one that is mostly padding.
+/// less than one that is mostly padding. It is at least 2: a run of one is the decode step.
 fn next_chunk(left: usize, room: usize) -> usize {
     let [large, medium, small] = CHUNKS;
     if left > large - medium && room >= large {
@@ -641,7 +546,7 @@ fn next_chunk(left: usize, room: usize) -> usize {
     } else if left > 2 * small && room >= medium {
         medium
     } else {
-        small
+        small.min(room).max(2)
     }
 }
 
@@ -657,45 +562,4 @@ pub fn chunked_logits(engine: &Engine, tokens: &[u32], chunk: usize) -> Result<V
         logits.extend(session.logits(&[part.to_vec()], chunk)?);
     }
     Ok(logits)
-}
-
-/// Tokens on their way to the host.
-pub struct TokenRead {
-    tokens: HostRead,
-    /// Of the token drawn, ids of the most likely, and theirs.
-    log_probabilities: Vec<HostRead>,
-}
-
-/// What was drawn for one slot.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Drawn {
-    /// The token.
-    pub id: u32,
-    /// Its log-probability under the model (before temperature and cuts), if that was asked for.
-    pub log_probability: Option<f32>,
-    /// The most likely ids with theirs, falling.
-    pub best: Vec<(u32, f32)>,
-}
-
-impl TokenRead {
-    /// Waits for them: one for each slot.
-    pub fn wait(self) -> Result<Vec<Drawn>, Error> {
-        let words = |read: HostRead| -> Result<Vec<u32>, Error> {
-            let bytes = read.wait()?;
-            Ok(bytes.chunks_exact(4).map(|c| u32::from_ne_bytes([c[0], c[1], c[2], c[3]])).collect())
-        };
-        let ids = words(self.tokens)?;
-        let mut drawn: Vec<Drawn> =
-            ids.into_iter().map(|id| Drawn { id, log_probability: None, best: Vec::new() }).collect();
-        let rest = self.log_probabilities.into_iter().map(words).collect::<Result<Vec<_>, _>>()?;
-        if let [own, ids, values] = &rest[..] {
-            let n = ids.len() / drawn.len();
-            for (slot, drawn) in drawn.iter_mut().enumerate() {
-                drawn.log_probability = Some(f32::from_bits(own[slot]));
-                let best = ids.iter().zip(values).skip(slot * n).take(n);
-                drawn.best = best.map(|(&id, &value)| (id, f32::from_bits(value))).collect();
-            }
-        }
-        Ok(drawn)
-    }
 }

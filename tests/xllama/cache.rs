@@ -7,7 +7,7 @@ use xla::DType;
 use xllama::generation::SamplingOptions;
 use xllama::runtime::{CacheOptions, Engine, Session};
 
-use crate::support::{engine, golden};
+use crate::support::{Folder, engine, golden};
 
 const STATIC: CacheOptions = CacheOptions { dtype: None, page_size: None, pages: None };
 const PAGED: CacheOptions = CacheOptions { page_size: Some(16), ..STATIC };
@@ -194,6 +194,41 @@ fn int8_is_close() {
             let worst = exact.iter().zip(&int8).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
             assert!(worst > 0.0 && worst <= 0.02 * scale, "{case}: {worst} of {scale}");
         }
+    }
+}
+
+/// A window that is hardly shorter than the cache is a window still: the logits are those of a longer cache, whose ring
+/// is far from its end, and only a window of all positions is none.
+#[test]
+fn a_window_near_the_length_of_the_cache() {
+    let folder = Folder::new();
+    let source = PathBuf::from(golden("mistral-window7"));
+    let config = std::fs::read_to_string(source.join("config.json")).expect("there");
+    let mut all: Vec<Vec<f32>> = Vec::new();
+    for window in [223, 224, 225, 240, 255, 256] {
+        let path = folder.path(&window.to_string());
+        std::fs::create_dir(&path).expect("new");
+        std::fs::copy(source.join("model.safetensors"), path.join("model.safetensors")).expect("copied");
+        let mut config: serde_json::Value = serde_json::from_str(&config).expect("JSON");
+        config["sliding_window"] = window.into();
+        std::fs::write(path.join("config.json"), config.to_string()).expect("written");
+        let engine = engine(&path);
+        let ids = prompt(256, 3, engine.config().vocab_size);
+        let logits = |len: usize, chunk: usize| -> Vec<f32> {
+            let mut session = Session::new(&engine, 1, len).expect("a session");
+            ids.chunks(chunk).flat_map(|part| session.logits(&[part.to_vec()], chunk).expect("it runs")).collect()
+        };
+        let long = logits(600, 256);
+        for (len, chunk) in [(256, 256), (256, 64), (600, 64)] {
+            let found = logits(len, chunk);
+            let worst = long.iter().zip(&found).fold(0f32, |worst, (a, b)| worst.max((a - b).abs()));
+            assert!(worst < 1e-4, "window {window}, cache {len}, chunks of {chunk}: {worst}");
+        }
+        // Each window is another one.
+        if let Some(before) = all.last() {
+            assert!(before.iter().zip(&long).any(|(a, b)| (a - b).abs() > 1e-3), "window {window}");
+        }
+        all.push(long);
     }
 }
 

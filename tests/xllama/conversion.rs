@@ -139,6 +139,30 @@ fn a_larger_vocabulary_answers_as_before() {
     }
 }
 
+/// What is exported with a longer context is transformers' own YaRN (`scripts/make_extension_vectors.py`), past the context that
+/// the model had, and again after a round trip.
+#[test]
+fn a_longer_context_is_that_of_transformers() {
+    let bytes = fs::read(repository("converter/tests/data/extension.safetensors")).expect("there");
+    let vectors = safetensors::SafeTensors::deserialize(&bytes).expect("valid");
+    let words = |name: &str| vectors.tensor(name).expect("there").data().as_chunks().0.to_vec();
+    let tokens: Vec<u32> = words("yarn.tokens").into_iter().map(u32::from_le_bytes).collect();
+    let expected: Vec<f32> = words("yarn.logits").into_iter().map(f32::from_le_bytes).collect();
+
+    let folder = Folder::new();
+    run(["export-hf", &golden("gqa2"), &folder.arg("longer"), "--rope-scaling", "yarn:4"]).ok();
+    run(["convert-params", &folder.arg("longer"), &folder.arg("params")]).ok();
+    for name in ["longer", "params"] {
+        let logits = chunked_logits(&engine(&folder.path(name)), &tokens, 100).expect("it runs");
+        let last = &logits[logits.len() - expected.len()..];
+        let worst = last.iter().zip(&expected).fold(0f32, |worst, (a, b)| worst.max((a - b).abs()));
+        assert!(worst < 1e-4, "{name}: {worst}");
+    }
+    let plain = chunked_logits(&engine(Path::new(&golden("gqa2"))), &tokens, 100).expect("it runs");
+    let last = &plain[plain.len() - expected.len()..];
+    assert!(last.iter().zip(&expected).any(|(a, b)| (a - b).abs() > 1.0), "the stretch changes what is said");
+}
+
 /// A folder with a lone `tokenizer.model` gets a `tokenizer.json`, and other texts keep their ids.
 #[test]
 fn a_lone_sentencepiece_file_stays_the_tokenizer_that_it_was() {

@@ -45,12 +45,12 @@ fn every_golden_holds() {
     }
 }
 
-/// Every layout and type of cache gives the logits of the static one in f32: pages exactly, int8 within what PyTorch loses
-/// by running in bf16. With rings and without, with experts, with softcaps.
+/// Every layout and type of cache: pages pass whatever the static one passes, bf16 loses no more than PyTorch's bf16, int8
+/// no more than is stated. With rings and without, with experts.
 #[test]
 fn every_cache_holds() {
-    for case in ["gqa2", "mistral-window7", "gemma3", "mixtral-8x2-window"] {
-        for more in [["--cache-page", "16"], ["--cache-dtype", "int8"]] {
+    for case in ["gqa2", "mistral-window7", "gemma3-window7", "mixtral-8x2-window"] {
+        for more in [["--cache-page", "16"], ["--cache-dtype", "int8"], ["--cache-dtype", "bf16"]] {
             let (ok, rows) = rows(Path::new("golden"), &[&["--case", case], &more[..]].concat());
             assert!(ok, "{more:?}: {:#?}", rows.iter().filter(|r| r["pass"] != true).collect::<Vec<_>>());
             assert!(rows.len() >= 2);

@@ -6,6 +6,8 @@ use serde_json::Value;
 const HARMLESS: &[&str] = &[
     // bookkeeping
     "attn_implementation",
+    // the repository's own Python code, which transformers does not run unless told; the model type says which model it is
+    "auto_map",
     "finetuning_task",
     "id2label",
     "is_llama_config",
@@ -14,11 +16,14 @@ const HARMLESS: &[&str] = &[
     "keys_to_ignore_at_inference",
     "label2id",
     "max_sequence_length",
+    // read by the families whose windows it moves
+    "max_window_layers",
     "model_max_length",
     "name_or_path",
     "prefix",
     "problem_type",
     "sep_token_id",
+    "sliding_window_size",
     "decoder_start_token_id",
     "task_specific_params",
     "tokenizer_class",
@@ -88,10 +93,13 @@ const HARMLESS: &[&str] = &[
 pub(super) fn required_value(key: &str) -> Option<&'static str> {
     Some(match key {
         "add_cross_attention" | "is_encoder_decoder" | "rope_interleaved" | "use_bidirectional_attention" => "false",
+        // where the family has no such thing; those that have one read the key
+        "attention_bias" | "mlp_bias" | "qkv_bias" | "lm_head_bias" | "use_mrope" | "use_sliding_window" => "false",
+        "full_attn_mod" | "interpolate_factor" => "1.0",
+        "shared_expert_intermediate_size" => "0",
         "layer_types" => "\"full_attention\" for every layer",
         "partial_rotary_factor" => "1.0",
         "pruned_heads" => "{}",
-        "auto_map" => "none (the repository brings its own Python code)",
         "quantization_config" | "compression_config" => "none (dequantize the checkpoint first)",
         "sliding_window" => "null",
         _ => return None,
@@ -104,6 +112,7 @@ pub(super) fn changes_nothing(key: &str, value: &Value) -> bool {
     match required_value(key) {
         Some("false") => value == &Value::Bool(false),
         Some("1.0") => value.as_f64() == Some(1.0),
+        Some("0") => value.as_u64() == Some(0),
         Some("{}") => value.as_object().is_some_and(|o| o.is_empty()),
         Some(_) if key == "layer_types" => {
             value.as_array().is_some_and(|layers| layers.iter().all(|kind| kind == "full_attention"))

@@ -165,6 +165,9 @@ impl ModelConfig {
         let defaults = &family.defaults;
         let d_model = keys.size("hidden_size")?;
         let n_layers = keys.size("num_hidden_layers")?;
+        if n_layers > MAX_LAYERS {
+            return Err(keys.error("num_hidden_layers", format!("expected at most {MAX_LAYERS}, found {n_layers}")));
+        }
         let n_heads = keys.size("num_attention_heads")?;
         let n_kv_heads = match keys.optional_size("num_key_value_heads")? {
             Some(n) => n,
@@ -270,7 +273,8 @@ impl ModelConfig {
             RopeKind::Dynamic { factor, .. } => (self.max_position_embeddings as f64 * factor.max(1.0)) as usize,
             _ => self.max_position_embeddings,
         };
-        self.ropes.iter().map(stretch).max().unwrap_or(self.max_position_embeddings)
+        // positions are int32
+        self.ropes.iter().map(stretch).max().unwrap_or(self.max_position_embeddings).min(i32::MAX as usize)
     }
 
     /// The windows that layers have, each once.
@@ -289,6 +293,10 @@ impl ModelConfig {
     /// Refuses mixtures that no machine could hold.
     fn check_expert_count(&self, file: &Path) -> Result<()> {
         let Some(moe) = &self.moe else { return Ok(()) };
+        if moe.n_experts.saturating_mul(self.n_layers) > MAX_EXPERTS {
+            let what = format!("{} in each of {} layers are more than {MAX_EXPERTS}", moe.n_experts, self.n_layers);
+            return Err(Error::config(file, "experts", what));
+        }
         let shared = moe.shared.map_or(0, |shared| shared.d_ff);
         let width = moe.n_experts as u128 * moe.d_ff as u128 + shared as u128;
         let total = 3 * self.n_layers as u128 * self.d_model as u128 * width;
@@ -297,11 +305,17 @@ impl ModelConfig {
                 "{} experts of width {} in {} layers are {total} parameters, more than {PARAMETER_LIMIT}: one of the sizes must be wrong",
                 moe.n_experts, moe.d_ff, self.n_layers
             );
-            return Err(Error::config(file, "moe_intermediate_size", what));
+            return Err(Error::config(file, "experts", what));
         }
         Ok(())
     }
 }
+
+/// More layers than any model has: each takes memory before there is a tensor to compare it with.
+const MAX_LAYERS: usize = 10_000;
+
+/// The same of experts, over all layers.
+const MAX_EXPERTS: usize = 1 << 20;
 
 /// More parameters than any machine could hold.
 const PARAMETER_LIMIT: u128 = 1 << 45;
@@ -391,7 +405,10 @@ impl<'a> Keys<'a> {
     /// A number above 0.
     fn positive(&mut self, key: &'static str) -> Result<Option<f64>> {
         match self.number(key)? {
-            Some(x) if x <= 0.0 => Err(self.error(key, format!("expected a number above 0, found {x}"))),
+            // what is divided by, or rooted, must stay a float32
+            Some(x) if !(1e-30..=1e30).contains(&x) => {
+                Err(self.error(key, format!("expected a number from 1e-30 to 1e30, found {x}")))
+            }
             found => Ok(found),
         }
     }

@@ -121,9 +121,10 @@ fn absurd_sizes_are_refused() {
         (json!({"vocab_size": 1e30}), "vocab_size: "),
         (json!({"vocab_size": null}), "vocab_size: required"),
         (
-            json!({"hidden_size": 2147483647, "intermediate_size": 2147483647, "num_hidden_layers": 2147483647}),
+            json!({"hidden_size": 2147483647, "intermediate_size": 2147483647, "num_hidden_layers": 10000}),
             "one of them must be wrong",
         ),
+        (json!({"num_hidden_layers": 2147483647}), "num_hidden_layers: expected at most 10000, found 2147483647"),
         (json!({"num_key_value_heads": 4}), "6 query heads cannot share 4"),
         (json!({"head_dim": 7}), "7 is odd"),
         (json!({"head_dim": null}), "required, since hidden_size 20 is not a multiple of num_attention_heads 6"),
@@ -194,13 +195,72 @@ fn each_member_has_its_blocks() {
     assert_eq!(glm.layers.iter().map(|l| l.sparse).collect::<Vec<_>>(), [false, true]);
 }
 
+/// Keys that files on the hub carry although transformers does not read them there.
+#[test]
+fn what_real_files_carry_is_passed_over() {
+    for (model_type, architecture, extra) in [
+        (
+            "phi3",
+            "Phi3ForCausalLM",
+            json!({"auto_map": {"AutoConfig": "configuration_phi3.Phi3Config"}, "attention_bias": false, "mlp_bias": false,
+                   "lm_head_bias": false, "full_attn_mod": 1, "interpolate_factor": 1, "sliding_window": 2047,
+                   "embd_pdrop": 0.0, "resid_pdrop": 0.0, "original_max_position_embeddings": 64}),
+        ),
+        (
+            "qwen3_moe",
+            "Qwen3MoeForCausalLM",
+            json!({"max_window_layers": 48, "use_sliding_window": false, "sliding_window": null, "qkv_bias": false,
+                   "use_qk_norm": true, "shared_expert_intermediate_size": 0, "norm_topk_prob": true, "num_experts": 8,
+                   "num_experts_per_tok": 2, "moe_intermediate_size": 8, "router_aux_loss_coef": 0.001,
+                   "output_router_logits": false, "decoder_sparse_step": 1, "mlp_only_layers": []}),
+        ),
+        (
+            "smollm3",
+            "SmolLM3ForCausalLM",
+            json!({"max_window_layers": 28, "use_sliding_window": true, "sliding_window": null, "pretraining_tp": 2,
+                   "no_rope_layers": [1, 0], "no_rope_layer_interval": 4, "mlp_bias": false}),
+        ),
+        (
+            "qwen2",
+            "Qwen2ForCausalLM",
+            json!({"use_mrope": false, "use_sliding_window": false, "sliding_window": 131072, "max_window_layers": 28}),
+        ),
+        (
+            "gemma2",
+            "Gemma2ForCausalLM",
+            json!({"sliding_window_size": 4096, "cache_implementation": "hybrid", "hidden_act": "gelu_pytorch_tanh"}),
+        ),
+    ] {
+        let cfg = member(model_type, architecture, extra).unwrap_or_else(|e| panic!("{model_type}: {e}"));
+        if model_type == "smollm3" {
+            assert!(cfg.windows().is_empty(), "no window is named, so none is there");
+        }
+    }
+}
+
 #[test]
 fn what_a_member_cannot_be_is_refused() {
     let mixtral = |changes| member("mixtral", "MixtralForCausalLM", changes).expect_err("must be refused").to_string();
     let glm = |changes| member("glm4_moe", "Glm4MoeForCausalLM", changes).expect_err("must be refused").to_string();
     for (found, part) in [
         (mixtral(json!({"num_local_experts": 2, "num_experts_per_tok": 3})), "3 is more than the 2 experts"),
-        (mixtral(json!({"shared_expert_intermediate_size": 4})), "shared_expert_intermediate_size: unknown key"),
+        (mixtral(json!({"num_local_experts": 2000000000})), "2000000000 in each of 2 layers are more than 1048576"),
+        (
+            mixtral(json!({"shared_expert_intermediate_size": 4})),
+            "shared_expert_intermediate_size: 4 changes the result",
+        ),
+        (
+            member("qwen3_moe", "Qwen3MoeForCausalLM", json!({"use_qk_norm": false}))
+                .expect_err("no such thing")
+                .to_string(),
+            "use_qk_norm: false is not supported",
+        ),
+        (
+            member("gemma2", "Gemma2ForCausalLM", json!({"final_logit_softcapping": 1e300}))
+                .expect_err("overflows")
+                .to_string(),
+            "from 1e-30 to 1e30, found 1",
+        ),
         (glm(json!({"n_routed_experts": 9, "n_group": 2})), "2 groups do not divide n_routed_experts 9"),
         (
             glm(json!({"n_routed_experts": 8, "n_group": 4, "topk_group": 1, "num_experts_per_tok": 3})),

@@ -142,7 +142,7 @@ impl Reader {
             partials.add(keys, place, "partial_rotary_factor", partial)?;
         }
         let (place, theta) = thetas.0.unwrap_or((theta_key, theta));
-        if theta <= 1.0 {
+        if !(theta > 1.0 && theta <= 1e30) {
             return Err(keys.error(place, format!("expected a base above 1, found {theta}")));
         }
         let (place, partial) = partials.0.unwrap_or(("partial_rotary_factor", self.default_partial));

@@ -1,0 +1,177 @@
+//! What decode feeds back to itself: the tokens drawn last, and the sampler's arguments.
+
+use xla::pjrt::{Buffer, HostRead};
+
+use super::engine::Engine;
+use crate::Error;
+use crate::generation::options::{SamplingOptions, Settings};
+use crate::generation::sampling::SamplerSpec;
+
+/// On the device, one row for each slot.
+pub(super) struct Draws {
+    pub(super) spec: SamplerSpec,
+    pub(super) token: Buffer,
+    pub(super) position: Buffer,
+    /// Of the token drawn, ids of the most likely, and theirs; empty if they are not asked for.
+    pub(super) log_probabilities: Vec<Buffer>,
+    settings: Option<Buffer>,
+    seed: Option<Buffer>,
+    prompt_counts: Option<Buffer>,
+    output_counts: Option<Buffer>,
+    bias: Option<Buffer>,
+}
+
+impl Draws {
+    /// Arguments for slots that draw as `rows` say. Slots that are `starting` begin with `prompts`; of the others, what
+    /// `old` holds goes on.
+    pub(super) fn start(
+        engine: &Engine,
+        prompts: &[Vec<u32>],
+        rows: &[SamplingOptions],
+        starting: &[bool],
+        old: Option<Draws>,
+        position: Buffer,
+    ) -> Result<Draws, Error> {
+        let (b, v) = (rows.len(), engine.config().vocab_size);
+        let any = |f: fn(&SamplerSpec) -> bool| rows.iter().any(|s| f(&s.spec()));
+        let spec = SamplerSpec {
+            random: any(|s| s.random),
+            typical: any(|s| s.typical),
+            penalties: any(|s| s.penalties),
+            bias: any(|s| s.bias),
+            log_probabilities: rows.iter().filter_map(|s| s.log_probabilities).max(),
+        };
+        let greedy_in_batch = spec.random && rows.iter().any(|s| !s.spec().random);
+        let settings = (spec.random || spec.penalties).then(|| {
+            let rows = rows.iter().flat_map(|s| {
+                let mut row = s.settings(v);
+                if greedy_in_batch && !s.spec().random {
+                    row[Settings::TOP_K] = 1.0;
+                }
+                row
+            });
+            rows.collect::<Vec<f32>>()
+        });
+        let (mut prompt_counts, mut output_counts) = (None, None);
+        if spec.penalties {
+            let kept = |buffer: Option<&Buffer>| match buffer {
+                Some(buffer) => buffer.to_vec::<i32>().map_err(Error::from),
+                None => Ok(vec![0; b * v]),
+            };
+            let mut prompt = kept(old.as_ref().and_then(|old| old.prompt_counts.as_ref()))?;
+            let mut output = kept(old.as_ref().and_then(|old| old.output_counts.as_ref()))?;
+            for slot in (0..b).filter(|&slot| starting[slot]) {
+                let counts = &mut prompt[slot * v..(slot + 1) * v];
+                counts.fill(0);
+                rows[slot].history.iter().chain(&prompts[slot]).for_each(|&id| counts[id as usize] += 1);
+                output[slot * v..(slot + 1) * v].fill(0);
+            }
+            (prompt_counts, output_counts) = (Some(prompt), Some(output));
+        }
+        let bias = spec.bias.then(|| {
+            let mut bias = vec![0f32; b * v];
+            for (slot, s) in rows.iter().enumerate() {
+                s.logit_bias.iter().for_each(|&(id, x)| bias[slot * v + id as usize] = x);
+            }
+            bias
+        });
+        let seeds: Vec<u64> = rows.iter().map(|s| s.seed).collect();
+        let (client, device) = (engine.client(), Some(engine.device()));
+        let f32s = |data: Option<Vec<f32>>, n: usize| {
+            data.map(|d| client.upload_slice(&d, &[b, n], device)).transpose().map_err(Error::from)
+        };
+        let i32s = |data: Option<Vec<i32>>| {
+            data.map(|d| client.upload_slice(&d, &[b, v], device)).transpose().map_err(Error::from)
+        };
+        let (token, kept) = match old {
+            Some(old) => {
+                (old.token, (old.spec.log_probabilities == spec.log_probabilities).then_some(old.log_probabilities))
+            }
+            None => (client.upload_slice(&vec![0i32; b], &[b, 1], device)?, None),
+        };
+        let log_probabilities = match (kept, spec.log_probabilities) {
+            (Some(kept), _) => kept,
+            (None, None) => Vec::new(),
+            (None, Some(n)) => vec![
+                client.upload_slice(&vec![0f32; b], &[b, 1], device)?,
+                client.upload_slice(&vec![0i32; b * n], &[b, n], device)?,
+                client.upload_slice(&vec![0f32; b * n], &[b, n], device)?,
+            ],
+        };
+        Ok(Draws {
+            spec,
+            token,
+            position,
+            log_probabilities,
+            settings: f32s(settings, Settings::LEN)?,
+            seed: spec.random.then(|| client.upload_slice(&seeds, &[b], device)).transpose()?,
+            output_counts: i32s(output_counts)?,
+            prompt_counts: i32s(prompt_counts)?,
+            bias: f32s(bias, v)?,
+        })
+    }
+
+    /// The sampler's arguments, in the order of its declaration.
+    pub(super) fn sampler_args(&self) -> impl Iterator<Item = &Buffer> {
+        [&self.settings, &self.seed, &self.prompt_counts, &self.output_counts, &self.bias].into_iter().flatten()
+    }
+
+    /// Takes what a step returned after the cache.
+    pub(super) fn renew(&mut self, results: Vec<Buffer>) {
+        let mut results = results.into_iter();
+        let mut next = || results.next().expect("the step returns what its output says");
+        self.token = next();
+        self.position = next();
+        self.log_probabilities.iter_mut().for_each(|kept| *kept = next());
+        if let Some(counts) = &mut self.output_counts {
+            *counts = next();
+        }
+    }
+
+    /// Starts reading what was drawn.
+    pub(super) fn read(&self) -> Result<TokenRead, Error> {
+        let log_probabilities = self.log_probabilities.iter().map(Buffer::to_host_async).collect::<Result<_, _>>()?;
+        Ok(TokenRead { tokens: self.token.to_host_async()?, log_probabilities })
+    }
+}
+
+/// Tokens on their way to the host.
+pub struct TokenRead {
+    tokens: HostRead,
+    /// Of the token drawn, ids of the most likely, and theirs.
+    log_probabilities: Vec<HostRead>,
+}
+
+/// What was drawn for one slot.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Drawn {
+    /// The token.
+    pub id: u32,
+    /// Its log-probability under the model (before temperature and cuts), if that was asked for.
+    pub log_probability: Option<f32>,
+    /// The most likely ids with theirs, falling.
+    pub best: Vec<(u32, f32)>,
+}
+
+impl TokenRead {
+    /// Waits for them: one for each slot.
+    pub fn wait(self) -> Result<Vec<Drawn>, Error> {
+        let words = |read: HostRead| -> Result<Vec<u32>, Error> {
+            let bytes = read.wait()?;
+            Ok(bytes.chunks_exact(4).map(|c| u32::from_ne_bytes([c[0], c[1], c[2], c[3]])).collect())
+        };
+        let ids = words(self.tokens)?;
+        let mut drawn: Vec<Drawn> =
+            ids.into_iter().map(|id| Drawn { id, log_probability: None, best: Vec::new() }).collect();
+        let rest = self.log_probabilities.into_iter().map(words).collect::<Result<Vec<_>, _>>()?;
+        if let [own, ids, values] = &rest[..] {
+            let n = ids.len() / drawn.len();
+            for (slot, drawn) in drawn.iter_mut().enumerate() {
+                drawn.log_probability = Some(f32::from_bits(own[slot]));
+                let best = ids.iter().zip(values).skip(slot * n).take(n);
+                drawn.best = best.map(|(&id, &value)| (id, f32::from_bits(value))).collect();
+            }
+        }
+        Ok(drawn)
+    }
+}
