@@ -298,7 +298,7 @@ def small_cases():
             211, {"saved": True, "positions": 120}),
         "mixtral-5x3": (
             version4(member("mixtral", 32, 4, 2, 12, 24, 89, 2, sliding_window=None, num_local_experts=5,
-                            num_experts_per_tok=3, dtype="float32") | rope(1000000.0)), 412, moe),
+                            num_experts_per_tok=3, dtype="float32") | rope(1000000.0)), 414, moe),
         "mixtral-8x2-window": (
             member("mixtral", 32, 4, 2, 12, 24, 89, 3, sliding_window=16, num_local_experts=8, num_experts_per_tok=2)
             | plain, 313, moe | {"saved": True}),

@@ -121,11 +121,11 @@ impl Slots {
         self.truncate(slot, 0);
     }
 
-    /// The slot that begins with most of `ids`, and how many it holds of them.
-    pub fn prefix(&self, ids: &[u32]) -> Option<(usize, usize)> {
+    /// The slot that begins with most of `ids`, and how many it holds of them; among equals `preferred`.
+    pub fn prefix(&self, ids: &[u32], preferred: usize) -> Option<(usize, usize)> {
         let shared = |slot: &Slot| slot.ids.iter().zip(ids).take_while(|(a, b)| a == b).count();
         let best = self.slots.iter().enumerate().map(|(i, slot)| (i, self.keepable(i, shared(slot))));
-        best.filter(|(_, n)| *n > 0).max_by_key(|(_, n)| *n)
+        best.filter(|(_, n)| *n > 0).max_by_key(|(i, n)| (*n, *i == preferred))
     }
 
     /// Slot i becomes a copy of slot `parents[i]`, as beam search needs it. Pages are shared; whatever else there is has
@@ -267,11 +267,12 @@ mod tests {
         s.know(2, 0, &[1, 2, 4]);
         s.know(2, 3, &[5, 6]);
         s.know(2, 9, &[7]);
-        assert_eq!(s.prefix(&[1, 2, 4, 9]), Some((2, 3)));
-        assert_eq!(s.prefix(&[1, 2, 4, 5, 6]), Some((2, 4)), "the fifth is not in the cache");
-        assert_eq!(s.prefix(&[7]), None);
+        assert_eq!(s.prefix(&[1, 2, 4, 9], 0), Some((2, 3)));
+        assert_eq!((s.prefix(&[1, 2, 9], 0), s.prefix(&[1, 2, 9], 2)), (Some((0, 2)), Some((2, 2))));
+        assert_eq!(s.prefix(&[1, 2, 4, 5, 6], 0), Some((2, 4)), "the fifth is not in the cache");
+        assert_eq!(s.prefix(&[7], 0), None);
         s.free(2);
-        assert_eq!(s.prefix(&[1, 2, 4, 9]), Some((0, 2)));
+        assert_eq!(s.prefix(&[1, 2, 4, 9], 1), Some((0, 2)));
     }
 
     #[test]

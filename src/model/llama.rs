@@ -3,7 +3,7 @@
 use xla::DType;
 use xla::graph::{Tensor, einsum_as};
 
-use super::attention::attention;
+use super::attention::{LayerInput, attention};
 use super::mlp::mlp;
 use super::moe::moe;
 use super::rms_norm::rms_norm;
@@ -40,7 +40,8 @@ pub fn forward(
     for (i, layer) in cfg.layers.iter().enumerate() {
         let _scope = g.scope(&format!("layers.{i}"));
         let rope = layer.rope.map(|rope| &ropes[rope]);
-        let (out, cache) = call_block(&p.layers[i], &x, rope, place, &cache.layers[i], shape.layout(layer), layer, cfg);
+        let at = LayerInput { rope, place, cache: &cache.layers[i], layout: shape.layout(layer) };
+        let (out, cache) = call_block(&p.layers[i], &x, &at, layer, cfg);
         x = out.named("out");
         layers.push(cache);
     }
@@ -50,17 +51,14 @@ pub fn forward(
 /// The block as a function of the module, traced once for each kind of layer and called L times: small text, and the
 /// fastest form measured.
 #[track_caller]
-#[expect(clippy::too_many_arguments, reason = "what a layer is given, each by its name")]
 fn call_block(
     p: &DecoderBlock<Tensor>,
     x: &Tensor,
-    rope: Option<&Rope>,
-    place: &Place,
-    cache: &LayerCache<Tensor>,
-    layout: Layout,
+    at: &LayerInput<'_>,
     layer: &LayerConfig,
     cfg: &ModelConfig,
 ) -> (Tensor, LayerCache<Tensor>) {
+    let LayerInput { rope, place, cache, layout } = *at;
     let mut inputs = vec![x, &place.positions, &place.first];
     inputs.extend(place.valid.iter().chain(&place.table));
     inputs.extend(rope.iter().flat_map(|rope| [&rope.cos, &rope.sin]));
@@ -80,7 +78,8 @@ fn call_block(
         let rope = rope.map(|_| Rope { cos: next(), sin: next() });
         let cache = LayerCache { arrays: cache.arrays.iter().map(|_| next()).collect() };
         let p = p.as_ref().map(&mut |_| next());
-        let (x, cache) = decoder_block(&p, &x, rope.as_ref(), &place, &cache, layout, cfg);
+        let at = LayerInput { rope: rope.as_ref(), place: &place, cache: &cache, layout };
+        let (x, cache) = decoder_block(&p, &x, &at, cfg);
         std::iter::once(x).chain(cache.arrays).collect()
     });
     let (x, arrays) = outputs.split_first().expect("the block returns x and its cache");
@@ -104,10 +103,7 @@ fn block_name(layer: &LayerConfig, layout: Layout) -> String {
 pub fn decoder_block(
     p: &DecoderBlock<Tensor>,
     x: &Tensor,
-    rope: Option<&Rope>,
-    place: &Place,
-    cache: &LayerCache<Tensor>,
-    layout: Layout,
+    at: &LayerInput<'_>,
     cfg: &ModelConfig,
 ) -> (Tensor, LayerCache<Tensor>) {
     let g = x.graph();
@@ -118,7 +114,7 @@ pub fn decoder_block(
     let h = norm(x.clone(), &p.input_norm, "input_norm");
     let (h, cache) = {
         let _scope = g.scope("attention");
-        attention(&p.attention, &h, rope, place, cache, layout, cfg)
+        attention(&p.attention, &h, at, cfg)
     };
     let x = (x + norm(h, &p.attn_out_norm, "attn_out_norm")).shard(RESIDUAL);
 

@@ -13,7 +13,7 @@ mod rope;
 mod router_loss;
 mod scores;
 
-pub use attention::attention;
+pub use attention::{LayerInput, attention};
 pub use llama::{decoder_block, forward, lm_head};
 pub use mlp::mlp;
 pub use moe::moe;

@@ -128,10 +128,10 @@ impl Draws {
         }
     }
 
-    /// Starts reading what was drawn.
-    pub(super) fn read(&self) -> Result<TokenRead, Error> {
+    /// Starts reading what was drawn; `wanted` says for each slot of how many ids the log-probabilities are asked for.
+    pub(super) fn read(&self, wanted: Vec<Option<usize>>) -> Result<TokenRead, Error> {
         let log_probabilities = self.log_probabilities.iter().map(Buffer::to_host_async).collect::<Result<_, _>>()?;
-        Ok(TokenRead { tokens: self.token.to_host_async()?, log_probabilities })
+        Ok(TokenRead { tokens: self.token.to_host_async()?, log_probabilities, wanted })
     }
 }
 
@@ -140,6 +140,7 @@ pub struct TokenRead {
     tokens: HostRead,
     /// Of the token drawn, ids of the most likely, and theirs.
     log_probabilities: Vec<HostRead>,
+    wanted: Vec<Option<usize>>,
 }
 
 /// What was drawn for one slot.
@@ -167,8 +168,9 @@ impl TokenRead {
         if let [own, ids, values] = &rest[..] {
             let n = ids.len() / drawn.len();
             for (slot, drawn) in drawn.iter_mut().enumerate() {
+                let Some(count) = self.wanted[slot] else { continue };
                 drawn.log_probability = Some(f32::from_bits(own[slot]));
-                let best = ids.iter().zip(values).skip(slot * n).take(n);
+                let best = ids.iter().zip(values).skip(slot * n).take(count);
                 drawn.best = best.map(|(&id, &value)| (id, f32::from_bits(value))).collect();
             }
         }

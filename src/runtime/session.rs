@@ -133,7 +133,7 @@ impl<'e> Session<'e> {
     /// Gives `slot`, which is emptied, the longest beginning of `prompt` that some slot holds already, and returns its
     /// length; at least one token of the prompt is left to be run, by [`Session::start`] before anything else.
     pub fn reuse(&mut self, slot: usize, prompt: &[u32]) -> Result<usize, Error> {
-        let found = self.slots.prefix(&prompt[..prompt.len().saturating_sub(1)]);
+        let found = self.slots.prefix(&prompt[..prompt.len().saturating_sub(1)], slot);
         let found = found.filter(|&(from, len)| self.keepable(from, len, prompt.len()) == len);
         let Some((from, len)) = found else {
             self.free(slot);
@@ -437,7 +437,8 @@ impl<'e> Session<'e> {
     /// Starts reading the tokens drawn last, one per slot.
     pub fn read_tokens(&self) -> Result<TokenRead, Error> {
         let state = self.state.as_ref().ok_or_else(|| Error::Empty("nothing was drawn yet".into()))?;
-        state.read()
+        let wanted = self.sampling.iter().map(|row| row.as_ref().and_then(|row| row.log_probabilities));
+        state.read(wanted.collect())
     }
 
     /// One run of a program that draws tokens. `given`: of prefill all arguments from ids to `last`, of decode those after
