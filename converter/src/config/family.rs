@@ -315,6 +315,8 @@ pub(super) const FAMILIES: &[Family] = &[
             Ok(Blocks {
                 qk_norm: Some(QkNorm::PerHead),
                 windows: keys.window_by_layer_type(Some(4096), sizes, |i| (i + 1) % pattern != 0)?,
+                // transformers reads the key and does not hand it to attention
+                attention_softcap: None,
                 ..gemma(keys, [None, None])?
             })
         },

@@ -173,6 +173,7 @@ fn each_member_has_its_blocks() {
     assert_eq!(windows(&qwen(some)), [None, Some(16)]);
 
     let gemma = json!({"sliding_window": 16, "layer_types": ["full_attention", "sliding_attention"], "hidden_act": null,
+                       "attn_logit_softcapping": 50.0,
                        "hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 64, "rope_parameters": null,
                        "rope_theta": 1e6, "rope_local_base_freq": 1e4});
     let gemma = member("gemma3_text", "Gemma3ForCausalLM", gemma).expect("valid");
@@ -181,7 +182,7 @@ fn each_member_has_its_blocks() {
         [(None, Some(0)), (Some(16), Some(1))]
     );
     assert_eq!((gemma.attention.scale, gemma.norm_offset, gemma.embedding_scale), (0.125, 1.0, 20f64.sqrt()));
-    assert_eq!((gemma.ropes[0].theta, gemma.ropes[1].theta), (1e6, 1e4));
+    assert_eq!((gemma.ropes[0].theta, gemma.ropes[1].theta, gemma.attention.softcap), (1e6, 1e4, None));
 
     let smol = member("smollm3", "SmolLM3ForCausalLM", json!({"no_rope_layers": [1, 0]})).expect("valid");
     assert_eq!(smol.layers.iter().map(|l| l.rope).collect::<Vec<_>>(), [Some(0), None]);
