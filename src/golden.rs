@@ -373,7 +373,7 @@ pub fn check(
         }
         return Ok(rows);
     }
-    let prefill = prefill_logits(&engine, &tokens)?;
+    let prefill = chunked_logits(&engine, &tokens, tokens.len())?;
     let d = reference.distance(&prefill);
     rows.push(Row {
         max_abs_error: Some(d.max_abs),
@@ -413,13 +413,9 @@ pub fn check(
 
     if let Some(pytorch) = case.pytorch.bf16 {
         let engine = load(checkpoint, DType::BF16)?;
-        rows.push(as_bf16("bf16 prefill", &prefill_logits(&engine, &tokens)?, pytorch));
+        rows.push(as_bf16("bf16 prefill", &chunked_logits(&engine, &tokens, tokens.len())?, pytorch));
     }
     Ok(rows)
-}
-
-fn prefill_logits(engine: &Engine, tokens: &[u32]) -> Result<Vec<f32>, Error> {
-    Session::new(engine, 1, tokens.len())?.logits(&[tokens.to_vec()], tokens.len())
 }
 
 fn same_top1(a: &[f32], b: &[f32], vocab: usize) -> f64 {

@@ -202,22 +202,13 @@ pub fn log_softmax(logits: &Tensor) -> Tensor {
 pub fn best(values: &Tensor, count: usize) -> (Tensor, Tensor) {
     /// So many passes over V cost less than sorting it.
     const PASSES: usize = 32;
-    let (g, b) = (values.graph(), values.dim(0));
-    if count > PASSES {
-        let (values, ids) = values.top_k(count);
-        return (ids, values);
-    }
-    if count == 0 {
-        return (g.full(0i64, DType::I32, &[b, 0]), g.full(0.0, DType::F32, &[b, 0]));
-    }
-    let id = g.iota(DType::I32, values.shape(), 1);
-    let mut left = values.clone();
-    let (mut ids, mut found) = (Vec::new(), Vec::new());
-    for _ in 0..count {
-        let best = left.argmax(1).reshape(&[b, 1]);
-        found.push(values.take_along(&best, 1));
-        left = id.eq(&best.broadcast_to(left.shape())).select(f64::NEG_INFINITY, &left);
-        ids.push(best);
-    }
-    (g.concatenate(&ids.iter().collect::<Vec<_>>(), 1), g.concatenate(&found.iter().collect::<Vec<_>>(), 1))
+    let (values, ids) = match count {
+        0 => {
+            let shape = [values.dim(0), 0];
+            (values.graph().full(0.0, DType::F32, &shape), values.graph().full(0i64, DType::I32, &shape))
+        }
+        1..=PASSES => values.largest(count),
+        _ => values.top_k(count),
+    };
+    (ids, values)
 }

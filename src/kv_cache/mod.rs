@@ -102,12 +102,6 @@ impl CacheShape {
         arrays
     }
 
-    /// Bytes of all arrays.
-    pub fn bytes(&self, cfg: &ModelConfig) -> u64 {
-        let arrays = cfg.layers.iter().flat_map(|layer| self.arrays(cfg, layer));
-        arrays.map(|(_, dtype, dims)| (dims.iter().product::<usize>() * dtype.size()) as u64).sum()
-    }
-
     /// N, pages that one slot can have; 0 without a pool.
     pub fn table_len(&self) -> usize {
         self.pages.map_or(0, |pages| self.len / pages.size)

@@ -76,22 +76,24 @@ impl LayerCache<Tensor> {
         let (b, s) = (k.dim(0), k.dim(1));
         let g = k.graph();
         let zip = || self.arrays.iter().zip(&new);
-        let (arrays, read, positions, order) = match layout {
+        let from_the_first = || {
+            let order = if place.read_len == s { Order::Prefix } else { Order::Absolute };
+            (g.iota(DType::I32, &[b, place.read_len], 1), order)
+        };
+        let (arrays, read, positions, order): (_, Vec<Tensor>, _, _) = match layout {
             Layout::Static => {
                 let arrays = barrier(zip().map(|(array, new)| write_at(array, &heads_first(new), &place.first)));
-                let len = place.read_len;
-                let read: Vec<Tensor> = arrays.iter().map(|array| array.narrow(2, 0, len)).collect();
-                let order = if len == s { Order::Prefix } else { Order::Absolute };
-                (arrays, read, g.iota(DType::I32, &[b, len], 1), order)
+                let read = arrays.iter().map(|array| array.narrow(2, 0, place.read_len)).collect();
+                let (positions, order) = from_the_first();
+                (arrays, read, positions, order)
             }
             Layout::Paged(pages) => {
                 let table = place.table.as_ref().expect("a paged cache comes with a table");
                 let rows = page_rows(place, table, pages);
                 let arrays = barrier(zip().map(|(array, new)| write_pages(array, new, &rows)));
-                let len = place.read_len;
-                let read: Vec<Tensor> = arrays.iter().map(|array| read_pages(array, table, len)).collect();
-                let order = if len == s { Order::Prefix } else { Order::Absolute };
-                (arrays, read, g.iota(DType::I32, &[b, len], 1), order)
+                let read = arrays.iter().map(|array| read_pages(array, table, place.read_len)).collect();
+                let (positions, order) = from_the_first();
+                (arrays, read, positions, order)
             }
             Layout::Ring { window } if s == 1 => {
                 let ring = window + SLACK;

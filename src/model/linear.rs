@@ -22,16 +22,21 @@ pub fn linear(equation: &str, x: &Tensor, weight: &Tensor, bias: Option<&Tensor>
 /// Contracted terms that one f32 accumulator may see.
 const TERMS: usize = 144;
 
-/// In how many parts to sum a product in f32. A running sum over n terms loses about √n roundings, and that is what sets
-/// prefill and decode apart; sums of parts lose fewer (Higham 1993), and one row even gets faster by them.
+/// In how many parts to sum a product of `rows` rows with `weight`, whose axes from the first on are contracted: the first
+/// axis is divided by it.
 fn parts(equation: &str, rows: usize, weight: &Tensor) -> usize {
+    let contracted = weight.rank() - (equation.len() - equation.rfind('>').map_or(0, |at| at + 3)).min(weight.rank());
+    let (terms, outputs) = weight.shape().split_at(contracted);
+    parts_of(weight, rows, weight.dim(0), terms.iter().product(), outputs.iter().product())
+}
+
+/// In how many parts, divisors of `first`, to sum f32 products of `terms` terms for `rows` rows of `outputs` elements. A
+/// running sum over n terms loses about √n roundings, and that is what sets prefill and decode apart; sums of parts lose
+/// fewer (Higham 1993), and one row even gets faster by them.
+pub(super) fn parts_of(weight: &Tensor, rows: usize, first: usize, terms: usize, outputs: usize) -> usize {
     if weight.dtype() != DType::F32 || weight.graph().mesh().is_some() {
         return 1;
     }
-    let contracted = weight.rank() - (equation.len() - equation.rfind('>').map_or(0, |at| at + 3)).min(weight.rank());
-    let first = weight.dim(0);
-    let terms: usize = weight.shape()[..contracted].iter().product();
-    let outputs: usize = weight.shape()[contracted..].iter().product();
     // With many rows the parts are written and read again: too dear where the result is wider than what is summed.
     if rows > 1 && outputs > terms {
         return 1;

@@ -8,12 +8,11 @@ mod top_k;
 use xla::DType::{F32, I32};
 use xla::graph::{Fold, Tensor, einsum_as};
 
-use super::linear::linear;
+use super::linear::{linear, parts_of};
 use super::mlp::{activation, mlp};
 use crate::config::{Activation, ExpertGroups, ModelConfig, MoeConfig, Router};
 use crate::params::Moe;
 
-use top_k::largest;
 pub(super) use top_k::top_k;
 
 /// Σ over a token's k experts of weight · expert(x), and what the shared expert gives. `x`: (B, S, M) → (B, S, M), f32. Every
@@ -71,8 +70,8 @@ fn choose(logits: &Tensor, correction_bias: Option<&Tensor>, moe: &MoeConfig) ->
 fn best_groups(scores: &Tensor, groups: &ExpertGroups) -> Tensor {
     let (n, g) = (scores.dim(0), scores.graph());
     let grouped = scores.reshape(&[n, groups.count, scores.dim(1) / groups.count]);
-    let (best, _) = largest(&grouped.reshape(&[n * groups.count, grouped.dim(2)]), 2);
-    let kept = top_k(&best.sum(&[1]).reshape(&[n, groups.count]), groups.kept);
+    let (best, _) = grouped.largest(2);
+    let kept = top_k(&best.sum(&[2]), groups.kept);
     let shape = [n, groups.kept, groups.count];
     let open = kept.broadcast(&shape, &[0, 1]).eq(&g.iota(I32, &shape, 2)).any(&[1]);
     let closed = g.full(f64::NEG_INFINITY, F32, grouped.shape());
@@ -175,16 +174,12 @@ fn feed_forward(x: &Tensor, gate: &Tensor, up: &Tensor, down: &Tensor, act: Acti
     product(&h, down)
 }
 
-/// (E, C, A) × (E, A, D) → (E, C, D), in the type of the weights, accumulated in f32 in parts of at most 144 terms; see
-/// [`linear`].
+/// (E, C, A) × (E, A, D) → (E, C, D), in the type of the weights, accumulated in f32 in parts, as [`linear`] does.
 fn product(x: &Tensor, weight: &Tensor) -> Tensor {
     let x = x.cast(weight.dtype());
     let [e, a, d] = *weight.shape() else { return x };
     let c = x.dim(1);
-    let parts = match weight.dtype() == F32 && (c == 1 || d <= a) {
-        true => (1..=a).find(|n| a.is_multiple_of(*n) && a / n <= 144).unwrap_or(a),
-        false => 1,
-    };
+    let parts = parts_of(weight, c, a, a, d);
     let (x, weight) = (x.reshape(&[e, c, parts, a / parts]), weight.reshape(&[e, parts, a / parts, d]));
     match parts {
         1 => einsum_as("ECZA,EZAD->ECD", &x, &weight, F32),

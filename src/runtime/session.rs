@@ -36,6 +36,8 @@ pub struct Session<'e> {
     rope_len: Vec<usize>,
     /// For each rotary embedding that depends on the length, its frequencies (B, D/2).
     frequencies: Vec<Arc<Buffer>>,
+    /// The table of pages as it was last sent to the device.
+    table: Option<(Vec<i32>, Arc<Buffer>)>,
     /// How the slots that were started draw their tokens.
     sampling: Vec<Option<SamplingOptions>>,
     state: Option<Draws>,
@@ -67,6 +69,7 @@ impl<'e> Session<'e> {
             slots,
             rope_len: vec![0; batch],
             frequencies: Vec::new(),
+            table: None,
             sampling: vec![None; batch],
             state: None,
         };
@@ -204,8 +207,7 @@ impl<'e> Session<'e> {
         while done < longest {
             let room = self.shape.len - self.furthest().min(self.shape.len);
             let size = if longest == 1 { 1 } else { next_chunk(longest - done, room) };
-            let rows: Vec<Vec<u32>> =
-                tokens.iter().map(|row| row[done.min(row.len())..row.len().min(done + size)].to_vec()).collect();
+            let rows = part(tokens, done, size);
             let outputs = self.run(&rows, size, Output::Best { count, hidden })?;
             let ids = outputs[0].1.to_vec::<i32>()?;
             let log_probabilities = outputs[1].1.to_vec::<f32>()?;
@@ -234,13 +236,10 @@ impl<'e> Session<'e> {
         }
         self.state = None;
         self.set_rope_len(tokens)?;
-        let valid: Vec<usize> = tokens.iter().map(Vec::len).collect();
-        let (args, end) = self.step_args(tokens, &valid, padded)?;
+        let (args, end) = self.step_args(tokens, padded)?;
         let program = self.engine.program(&self.spec(padded, end, output))?;
-        let used = self.used();
         let rest = self.execute(&program, &args.iter().map(Arc::as_ref).collect::<Vec<_>>())?;
-        valid.iter().enumerate().for_each(|(slot, n)| self.slots.advance(slot, *n));
-        tokens.iter().enumerate().for_each(|(slot, row)| self.slots.know(slot, used[slot], row));
+        self.appended(tokens);
         Ok(program.results[self.cache.len()..].iter().cloned().zip(rest).collect())
     }
 
@@ -253,27 +252,30 @@ impl<'e> Session<'e> {
         Ok(rest)
     }
 
+    /// Notes that a step has put `rows` into the cache.
+    fn appended(&mut self, rows: &[Vec<u32>]) {
+        for (slot, row) in rows.iter().enumerate() {
+            let at = self.slots.used(slot);
+            self.slots.advance(slot, row.len());
+            self.slots.know(slot, at, row);
+        }
+    }
+
     /// Tokens, positions, table, frequencies, and how many tokens count: the arguments after the cache of a step over
     /// `size` tokens per slot; and the position where the furthest slot ends.
-    fn step_args(
-        &mut self,
-        tokens: &[Vec<u32>],
-        valid: &[usize],
-        size: usize,
-    ) -> Result<(Vec<Arc<Buffer>>, usize), Error> {
-        let used = self.used();
-        let end = used.iter().zip(valid).filter(|(_, v)| **v > 0).map(|(u, _)| u + size).max().unwrap_or(size);
+    fn step_args(&mut self, rows: &[Vec<u32>], size: usize) -> Result<(Vec<Arc<Buffer>>, usize), Error> {
+        let end = self.furthest_of(rows) + size;
         self.check_room("these tokens", end)?;
-        let lens: Vec<usize> = used.iter().zip(valid).map(|(u, v)| if *v > 0 { u + v } else { 0 }).collect();
-        let mut args = vec![Arc::new(self.upload_ids(tokens, size)?), Arc::new(self.upload_positions()?)];
-        args.extend(self.reserve(&lens)?.map(Arc::new));
+        let ends = self.ends(rows);
+        let mut args = vec![Arc::new(self.upload_ids(rows, size)?), Arc::new(self.upload_positions()?)];
+        args.extend(self.reserve(&ends)?);
         args.extend(self.frequencies.iter().cloned());
-        args.push(Arc::new(self.upload_i32(&valid.iter().map(|v| *v as i32).collect::<Vec<_>>())?));
+        args.push(Arc::new(self.upload_i32(&rows.iter().map(|row| row.len() as i32).collect::<Vec<_>>())?));
         Ok((args, end))
     }
 
     /// Makes room for the first `lens` positions of each slot and returns the table of pages, if there is one.
-    fn reserve(&mut self, lens: &[usize]) -> Result<Option<Buffer>, Error> {
+    fn reserve(&mut self, lens: &[usize]) -> Result<Option<Arc<Buffer>>, Error> {
         let copies = self.slots.reserve(lens)?;
         let Some(table) = self.slots.table() else { return Ok(None) };
         let Pages { count, .. } = self.shape.pages.expect("a table comes with pages");
@@ -286,8 +288,16 @@ impl<'e> Session<'e> {
             let (from, to) = (column(|copy| copy.from, 0)?, column(|copy| copy.to, count)?);
             self.run_cache_program(CacheProgram::CopyPages { count: self.shape.batch }, &[&from, &to])?;
         }
+        // Most steps stay within the pages that their slots have.
+        if let Some((known, buffer)) = &self.table
+            && *known == table
+        {
+            return Ok(Some(buffer.clone()));
+        }
         let dims = [self.shape.batch, self.shape.table_len()];
-        Ok(Some(self.engine.client().upload_slice(&table, &dims, Some(self.engine.device()))?))
+        let buffer = Arc::new(self.engine.client().upload_slice(&table, &dims, Some(self.engine.device()))?);
+        self.table = Some((table, buffer.clone()));
+        Ok(Some(buffer))
     }
 
     /// Sets the frequencies of slots that `tokens` begins.
@@ -377,11 +387,15 @@ impl<'e> Session<'e> {
         Ok(())
     }
 
+    /// Where each slot ends after `rows`; 0 for those that get nothing.
+    fn ends(&self, rows: &[Vec<u32>]) -> Vec<usize> {
+        let end = |(used, row): (usize, &Vec<u32>)| if row.is_empty() { 0 } else { used + row.len() };
+        self.used().into_iter().zip(rows).map(end).collect()
+    }
+
     /// Refuses rows that do not fit before any of their chunks is run.
     fn check_whole(&self, rows: &[Vec<u32>]) -> Result<(), Error> {
-        let ends =
-            self.used().into_iter().zip(rows).map(|(used, row)| if row.is_empty() { 0 } else { used + row.len() });
-        let ends: Vec<usize> = ends.collect();
+        let ends = self.ends(rows);
         self.check_room("the prompt", ends.iter().copied().max().unwrap_or(0))?;
         self.slots.clone().reserve(&ends).map(drop)
     }
@@ -403,19 +417,13 @@ impl<'e> Session<'e> {
     }
 
     fn prefill_chunk(&mut self, prompts: &[Vec<u32>], done: usize, size: usize) -> Result<(), Error> {
-        let valid: Vec<usize> = prompts.iter().map(|p| p.len().saturating_sub(done).min(size)).collect();
-        let rows: Vec<Vec<u32>> =
-            prompts.iter().zip(&valid).map(|(p, v)| p[done.min(p.len())..][..*v].to_vec()).collect();
-        let last: Vec<i32> =
-            prompts.iter().zip(&valid).map(|(p, v)| i32::from(*v > 0 && p.len() <= done + size)).collect();
-        let (mut args, end) = self.step_args(&rows, &valid, size)?;
+        let rows = part(prompts, done, size);
+        let ends_here = |(p, row): (&Vec<u32>, &Vec<u32>)| i32::from(!row.is_empty() && p.len() <= done + size);
+        let last: Vec<i32> = prompts.iter().zip(&rows).map(ends_here).collect();
+        let (mut args, end) = self.step_args(&rows, size)?;
         args.push(Arc::new(self.upload_i32(&last)?));
-        let used = self.used();
         self.step(size, end, args)?;
-        for (slot, row) in rows.iter().enumerate() {
-            self.slots.advance(slot, row.len());
-            self.slots.know(slot, used[slot], row);
-        }
+        self.appended(&rows);
         Ok(())
     }
 
@@ -427,7 +435,7 @@ impl<'e> Session<'e> {
             self.used().iter().zip(&active).map(|(used, active)| if *active { used + 1 } else { 0 }).collect();
         let end = ends.iter().copied().max().unwrap_or(0).max(1);
         self.check_room("the next token", end)?;
-        let mut args: Vec<Arc<Buffer>> = self.reserve(&ends)?.map(Arc::new).into_iter().collect();
+        let mut args: Vec<Arc<Buffer>> = self.reserve(&ends)?.into_iter().collect();
         args.extend(self.frequencies.iter().cloned());
         self.step(1, end, args)?;
         (0..self.shape.batch).filter(|&slot| active[slot]).for_each(|slot| self.slots.advance(slot, 1));
@@ -536,6 +544,11 @@ impl<'e> Session<'e> {
     fn upload_i32(&self, values: &[i32]) -> Result<Buffer, Error> {
         Ok(self.engine.client().upload_slice(values, &[values.len()], Some(self.engine.device()))?)
     }
+}
+
+/// Tokens `done` … `done + size − 1` of each row, as far as it goes.
+fn part(rows: &[Vec<u32>], done: usize, size: usize) -> Vec<Vec<u32>> {
+    rows.iter().map(|row| row[done.min(row.len())..row.len().min(done + size)].to_vec()).collect()
 }
 
 /// The chunk for the next of `left` tokens where the cache has `room` positions. Several runs of a small chunk cost

@@ -21,6 +21,12 @@ fn rows(dir: &Path, more: &[&str]) -> (bool, Vec<Value>) {
     (out.status.success(), json["rows"].as_array().expect("rows").clone())
 }
 
+/// The manifest of the repository's goldens.
+fn manifest() -> Value {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("golden/manifest.json");
+    serde_json::from_str(&std::fs::read_to_string(path).expect("there")).expect("valid")
+}
+
 #[test]
 fn every_golden_holds() {
     let (ok, rows) = rows(Path::new("golden"), &[]);
@@ -28,10 +34,7 @@ fn every_golden_holds() {
     assert!(ok && failed.is_empty(), "{failed:#?}");
 
     // The manifest's cases and the comparisons of each are all there.
-    let manifest: Value = serde_json::from_str(
-        &std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("golden/manifest.json")).expect("there"),
-    )
-    .expect("valid");
+    let manifest = manifest();
     for case in manifest["cases"].as_array().expect("cases") {
         let checks: Vec<&str> =
             rows.iter().filter(|r| r["case"] == case["name"]).map(|r| r["check"].as_str().expect("a name")).collect();
@@ -61,8 +64,7 @@ fn every_cache_holds() {
 /// The manifest covers the family: two cases or more of each type that the configuration knows.
 #[test]
 fn every_member_has_goldens() {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("golden/manifest.json");
-    let manifest: Value = serde_json::from_str(&std::fs::read_to_string(path).expect("there")).expect("valid");
+    let manifest = manifest();
     for member in converter::config::model_types() {
         let cases = manifest["cases"].as_array().expect("cases").iter().filter(|c| c["model_type"] == member).count();
         assert!(cases >= 2, "{member}: {cases} cases");
@@ -74,8 +76,7 @@ fn every_member_has_goldens() {
 fn a_wrong_golden_fails() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("golden");
     let copy = tempfile::tempdir().expect("a temporary folder");
-    let mut manifest: Value =
-        serde_json::from_str(&std::fs::read_to_string(root.join("manifest.json")).expect("there")).expect("valid");
+    let mut manifest = manifest();
     let cases = manifest["cases"].as_array_mut().expect("cases");
     cases.retain(|c| c["name"] == "gqa2");
     // A float32 run cannot meet a tolerance below its own rounding.
@@ -95,8 +96,7 @@ fn a_wrong_golden_fails() {
 fn a_case_that_cannot_be_compared_is_a_failed_row() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("golden");
     let copy = tempfile::tempdir().expect("a temporary folder");
-    let mut manifest: Value =
-        serde_json::from_str(&std::fs::read_to_string(root.join("manifest.json")).expect("there")).expect("valid");
+    let mut manifest = manifest();
     let cases = manifest["cases"].as_array_mut().expect("cases");
     cases.retain(|c| ["gqa2", "llama1", "mqa-gelu"].contains(&c["name"].as_str().expect("a name")));
     for case in cases.iter_mut() {

@@ -98,7 +98,6 @@ pub(super) fn required_value(key: &str) -> Option<&'static str> {
         "full_attn_mod" | "interpolate_factor" => "1.0",
         "shared_expert_intermediate_size" => "0",
         "layer_types" => "\"full_attention\" for every layer",
-        "partial_rotary_factor" => "1.0",
         "pruned_heads" => "{}",
         "quantization_config" | "compression_config" => "none (dequantize the checkpoint first)",
         "sliding_window" => "null",

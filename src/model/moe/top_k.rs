@@ -14,9 +14,10 @@ use xla::graph::Tensor;
 #[track_caller]
 pub(in crate::model) fn top_k(scores: &Tensor, k: usize) -> Tensor {
     if k >= scores.dim(1) {
-        return largest(scores, k).1;
+        return scores.largest(k).1;
     }
-    let (values, ids) = largest(scores, k + 1);
+    // For the few that a token takes, that is half the work of XLA:CPU's sort of the row.
+    let (values, ids) = scores.largest(k + 1);
     let tied = values.narrow(1, k - 1, 1).eq(&values.narrow(1, k, 1));
     let ids = ids.narrow(1, 0, k);
     let chosen = scores.graph().cond(
@@ -26,21 +27,6 @@ pub(in crate::model) fn top_k(scores: &Tensor, k: usize) -> Tensor {
         |v| vec![v[2].clone()],
     );
     chosen.into_iter().next().unwrap_or(ids)
-}
-
-/// The k largest scores of each row and their ids, both (N, k), from the largest down; of equal ones the first comes first.
-/// One at a time: for the few that a token takes, that is half the work of XLA:CPU's sort of the row.
-pub(super) fn largest(scores: &Tensor, k: usize) -> (Tensor, Tensor) {
-    let (mut values, mut ids, mut rest) = (Vec::new(), Vec::new(), scores.clone());
-    for _ in 0..k {
-        let id = rest.argmax(1).expand_dims(1);
-        values.push(rest.take_along(&id, 1));
-        let taken = scores.graph().iota(I32, scores.shape(), 1).eq(&id.broadcast_to(scores.shape()));
-        rest = taken.select(f64::NEG_INFINITY, &rest);
-        ids.push(id);
-    }
-    let join = |parts: Vec<Tensor>| scores.graph().concatenate(&parts.iter().collect::<Vec<_>>(), 1);
-    (join(values), join(ids))
 }
 
 /// The ids (N, k) that the selection leaves in the first k places of the rows that are `tied` (N, 1).

@@ -186,6 +186,25 @@ fn odd_frames() {
     });
 }
 
+/// The largest one by one are the largest of the sort, ties included, along the last of several axes.
+#[test]
+fn both_ways_to_the_largest() {
+    let g = Graph::new("largest");
+    let x = g.constant(&[1f32, 5.0, 5.0, -2.0, 5.0, 0.0, 0.0, 0.0, f32::NEG_INFINITY, 3.0, -1.0, 3.0], &[2, 2, 3]);
+    for (name, (values, positions)) in [("sorted", x.top_k(2)), ("one by one", x.largest(2))] {
+        g.output(name, &values);
+        g.output(&format!("positions, {name}"), &positions);
+    }
+    let module = g.finish().unwrap();
+    on_each(|client| {
+        let out = compile(client, &module, Emission::Shardy).unwrap().execute(&[]).unwrap();
+        assert_eq!((out[2].dims(), out[3].dims()), (out[0].dims(), out[1].dims()));
+        assert_eq!(out[2].to_vec::<f32>().unwrap(), out[0].to_vec::<f32>().unwrap());
+        assert_eq!(out[3].to_vec::<i32>().unwrap(), out[1].to_vec::<i32>().unwrap());
+        assert_eq!(out[3].to_vec::<i32>().unwrap(), [1, 2, 1, 2, 0, 1, 0, 2]);
+    });
+}
+
 #[test]
 fn the_same_graph_gives_the_same_text() {
     for emission in [Emission::Shardy, Emission::Gspmd] {
