@@ -27,7 +27,7 @@ impl HostArray {
     ///
     /// # Errors
     /// Not enough memory.
-    pub(crate) fn zeros(dtype: DType, shape: &[usize]) -> io::Result<HostArray> {
+    pub fn zeros(dtype: DType, shape: &[usize]) -> io::Result<HostArray> {
         let len = shape.iter().product::<usize>() * dtype.size();
         Ok(HostArray { dtype, shape: shape.to_vec(), pages: MmapMut::map_anon(len)? })
     }
@@ -47,7 +47,8 @@ impl HostArray {
         &self.pages
     }
 
-    pub(crate) fn as_bytes_mut(&mut self) -> &mut [u8] {
+    /// The same, to be written to.
+    pub fn as_bytes_mut(&mut self) -> &mut [u8] {
         &mut self.pages
     }
 

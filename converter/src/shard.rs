@@ -33,6 +33,9 @@ pub(crate) struct Shard {
     /// Name, type, shape, and place in the file, in the order of the places.
     pub(crate) tensors: Vec<Stored>,
     file: Arc<File>,
+    /// Bytes that [`Shard::read_at`] has been asked for.
+    #[cfg(test)]
+    pub(crate) read: std::sync::atomic::AtomicU64,
 }
 
 /// Where one tensor lies.
@@ -53,11 +56,20 @@ impl Shard {
             return Err(Error::format(path, "not a regular file"));
         }
         let (metadata, tensors) = read_header(&file, status.len(), path)?;
-        Ok(Shard { path: path.to_path_buf(), metadata, tensors, file: Arc::new(file) })
+        Ok(Shard {
+            path: path.to_path_buf(),
+            metadata,
+            tensors,
+            file: Arc::new(file),
+            #[cfg(test)]
+            read: Default::default(),
+        })
     }
 
     /// Fills `buffer` from `offset` of the file.
     pub(crate) fn read_at(&self, buffer: &mut [u8], offset: u64) -> Result<()> {
+        #[cfg(test)]
+        self.read.fetch_add(buffer.len() as u64, std::sync::atomic::Ordering::Relaxed);
         self.file.read_exact_at(buffer, offset).map_err(Error::io(&self.path, "reading"))
     }
 

@@ -3,6 +3,7 @@
 use std::ops::Range;
 use std::sync::atomic::AtomicBool;
 
+use super::part::{Part, total};
 use super::{Checkpoint, Rows, rows_at_a_time};
 use crate::DType;
 use crate::config::ModelConfig;
@@ -84,47 +85,59 @@ impl Checkpoint {
         self.extended.as_ref().filter(|_| param.axes.contains('V')).filter(grown)
     }
 
-    /// The mean of all rows of an embedding or head whose rows are ids, in `dtype`.
-    fn mean_row(&self, param: &Param, dtype: DType, cancel: &AtomicBool) -> Result<Vec<u8>> {
-        let (rows, columns) = self.matrix_on_disk(param, 0);
+    /// The mean of all rows of an embedding or head whose rows are ids, in `dtype`: the part's columns of it.
+    fn mean_row(&self, param: &Param, part: &Part, dtype: DType, cancel: &AtomicBool) -> Result<Vec<u8>> {
+        let (rows, columns) = self.matrix_on_disk(param, part.piece);
         let step = rows_at_a_time(columns, DType::F64).min(rows);
-        let mut reader = Rows::new(self, param, 0, DType::F64);
-        let mut some = vec![0; step * columns * DType::F64.size()];
-        let mut sums = vec![0.0; columns];
+        let width = total(&part.columns) * DType::F64.size();
+        let mut reader = Rows::new(self, param, part, DType::F64);
+        let mut some = vec![0; step * width];
+        let mut sums = vec![0.0; total(&part.columns)];
         for first in (0..rows).step_by(step) {
             pool::check(cancel)?;
-            let some = &mut some[..step.min(rows - first) * columns * DType::F64.size()];
-            reader.read(first, some.len() / (columns * DType::F64.size()), some)?;
-            for row in some.chunks_exact(columns * DType::F64.size()) {
+            let count = step.min(rows - first);
+            let some = &mut some[..count * width];
+            reader.read(first, count, some)?;
+            for row in some.chunks_exact(width) {
                 sums.iter_mut().zip(doubles(row)).for_each(|(sum, x)| *sum += x);
             }
         }
         let means: Vec<u8> = sums.iter().flat_map(|sum| (sum / rows as f64).to_le_bytes()).collect();
-        let mut mean = vec![0; columns * dtype.size()];
+        let mut mean = vec![0; sums.len() * dtype.size()];
         round(self, param, &means, &mut mean, dtype)?;
         Ok(mean)
     }
 }
 
-/// Reads rows of an embedding or a head that has grown.
+/// Reads rows of an embedding or a head that has grown, or the part's columns of them.
 pub(super) enum Grown<'a> {
     /// Rows are ids; this is the mean row.
     Rows(&'a Extended, Vec<u8>),
-    /// Columns are ids; this reads exact values.
-    Columns(&'a Extended, Rows<'a>),
+    /// Columns are ids; these are the part's, and this reads the exact values of a row.
+    Columns(&'a Extended, &'a [Range<usize>], Rows<'a>),
 }
 
 impl<'a> Grown<'a> {
+    /// `None` where nothing of the part is new.
     pub(super) fn new(
         checkpoint: &'a Checkpoint,
         param: &'a Param,
+        part: &'a Part,
         dtype: DType,
         cancel: &AtomicBool,
     ) -> Result<Option<Grown<'a>>> {
         let Some(extended) = checkpoint.grown(param) else { return Ok(None) };
-        Ok(Some(match checkpoint.is_transposed(param) {
-            true => Grown::Columns(extended, Rows::new(checkpoint, param, 0, DType::F64)),
-            false => Grown::Rows(extended, checkpoint.mean_row(param, dtype, cancel)?),
+        let transposed = checkpoint.is_transposed(param);
+        let ids = if transposed { &part.columns } else { &part.rows };
+        if !ids.iter().cloned().flatten().any(|id| extended.is_new(id)) {
+            return Ok(None);
+        }
+        Ok(Some(match transposed {
+            true => {
+                let all = checkpoint.whole_piece(param, part.piece);
+                Grown::Columns(extended, ids, Rows::new(checkpoint, param, &all, DType::F64))
+            }
+            false => Grown::Rows(extended, checkpoint.mean_row(param, part, dtype, cancel)?),
         }))
     }
 
@@ -140,16 +153,17 @@ impl<'a> Grown<'a> {
                 let new = (first..).zip(out.chunks_exact_mut(width)).filter(|(id, _)| extended.is_new(*id));
                 new.for_each(|(_, row)| row.copy_from_slice(mean));
             }
-            Grown::Columns(extended, exact) => {
-                let old = extended.vocab_size;
+            Grown::Columns(extended, ids, exact) => {
+                let (all, old) = (extended.vocab_size, total(&stored.columns));
                 let size = stored.dtype.size();
-                let (mut values, mut mean) = (vec![0; old * DType::F64.size()], vec![0; size]);
+                let (mut values, mut mean) = (vec![0; all * DType::F64.size()], vec![0; size]);
                 for (row, out) in (first..).zip(out.chunks_exact_mut(width)) {
                     stored.read(row, 1, &mut out[..old * size])?;
                     exact.read(row, 1, &mut values)?;
-                    let exact_mean = doubles(&values).sum::<f64>() / old as f64;
+                    let exact_mean = doubles(&values).sum::<f64>() / all as f64;
                     round(stored.checkpoint, stored.param, &exact_mean.to_le_bytes(), &mut mean, stored.dtype)?;
-                    let new = out.chunks_exact_mut(size).enumerate().filter(|(id, _)| extended.is_new(*id));
+                    let ids = ids.iter().cloned().flatten();
+                    let new = ids.zip(out.chunks_exact_mut(size)).filter(|(id, _)| extended.is_new(*id));
                     new.for_each(|(_, element)| element.copy_from_slice(&mean));
                 }
             }

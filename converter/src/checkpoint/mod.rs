@@ -2,12 +2,15 @@
 
 mod extended;
 mod folder;
+mod part;
 mod side_files;
 mod verify;
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::Read;
+use std::mem;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -23,6 +26,7 @@ use crate::pool;
 use crate::shard::{FileBytes, Stored};
 use extended::{Extended, Grown};
 use folder::Folder;
+use part::{Part, segments, total, whole};
 use verify::{Found, LM_HEAD, verify};
 
 /// `format` in the metadata of a per-head file, with its version.
@@ -205,7 +209,7 @@ impl Checkpoint {
     /// [`Error::Io`]; [`Error::Tensor`] for a parameter of another model, a value too large for `dtype`, or one that there
     /// is not enough memory for.
     pub fn read(&self, param: &Param, dtype: DType) -> Result<HostArray> {
-        self.read_param(param, dtype, &AtomicBool::new(false))
+        self.read_part(param, dtype, &whole(param))
     }
 
     /// Reads all parameters on `threads` threads (0: one per core, up to 8), each in `dtype` or, without one, in its own.
@@ -225,7 +229,7 @@ impl Checkpoint {
         let done = AtomicU64::new(0);
         let slots: Vec<OnceLock<HostArray>> = params.iter().map(|_| OnceLock::new()).collect();
         pool::for_each(threads, params.len(), cancel, |i| {
-            let array = self.read_param(params[i], target(params[i]), cancel)?;
+            let array = self.read_ranges(params[i], target(params[i]), &whole(params[i]), cancel)?;
             let bytes = array.as_bytes().len() as u64;
             progress(done.fetch_add(bytes, Ordering::Relaxed) + bytes, total);
             slots[i].set(array).expect("each job runs once");
@@ -241,27 +245,7 @@ impl Checkpoint {
     /// # Errors
     /// [`Error::Format`] for a file that has shrunk; [`Error::Tensor`] for a parameter of another model.
     pub fn place(&self, param: &Param) -> Result<Option<FileBytes>> {
-        let Source::Folder(folder) = &self.source else { return Ok(None) };
-        if self.grown(param).is_some() {
-            return Ok(None);
-        }
-        let name = match (self.kind, &param.pieces[..]) {
-            (Kind::PerHead, _) => &param.name,
-            (_, [piece]) if param.layout == Layout::Same && piece.rows == piece.shape[0] => &piece.name,
-            _ => return Ok(None),
-        };
-        let (shard, stored) = folder.get(name).ok_or_else(|| self.unknown(param))?;
-        shard.place(&stored.range)
-    }
-
-    /// Reads one parameter in per-head form.
-    fn read_param(&self, param: &Param, dtype: DType, cancel: &AtomicBool) -> Result<HostArray> {
-        let mut array = self.memory(param, &param.shape, dtype)?;
-        let bytes = array.as_bytes().len() / param.pieces.len();
-        for (piece, slab) in array.as_bytes_mut().chunks_exact_mut(bytes).enumerate() {
-            self.read_into(param, piece, dtype, Form::PerHead, slab, cancel)?;
-        }
-        Ok(array)
+        self.place_part(param, &whole(param))
     }
 
     /// Reads one piece of a parameter in either form.
@@ -274,7 +258,7 @@ impl Checkpoint {
         cancel: &AtomicBool,
     ) -> Result<HostArray> {
         let mut array = self.memory(param, &[param.pieces[piece].elements()], dtype)?;
-        self.read_into(param, piece, dtype, form, array.as_bytes_mut(), cancel)?;
+        self.read_into(param, &self.whole_piece(param, piece), dtype, form, array.as_bytes_mut(), cancel)?;
         Ok(array)
     }
 
@@ -283,35 +267,41 @@ impl Checkpoint {
             .map_err(|e| Error::tensor(&self.path, &param.name, format!("no memory for {shape:?} of {dtype}: {e}")))
     }
 
-    /// Reads one piece of a parameter, a few rows at a time, so that memory beyond the result stays small.
+    /// Reads a part of one piece, a few rows at a time, so that memory beyond the result stays small.
     fn read_into(
         &self,
         param: &Param,
-        piece: usize,
+        part: &Part,
         dtype: DType,
         form: Form,
         out: &mut [u8],
         cancel: &AtomicBool,
     ) -> Result<()> {
         let transposed = form != self.form() && param.layout == Layout::Transposed;
-        let (rows, columns) = self.matrix(param, piece);
-        let (width, step) = (columns * dtype.size(), rows_at_a_time(columns, dtype));
-        let mut reader = Rows::new(self, param, piece, dtype);
-        let mut grown = Grown::new(self, param, dtype, cancel)?;
+        let (rows, columns) = (total(&part.rows), total(&part.columns));
+        // as many as if the columns were whole: those of a GGUF file are, until they have been decoded
+        let step = rows_at_a_time(self.matrix(param, part.piece).1, dtype);
+        let width = columns * dtype.size();
+        let mut reader = Rows::new(self, param, part, dtype);
+        let mut grown = Grown::new(self, param, part, dtype, cancel)?;
         let mut read = |first, count, out: &mut [u8]| match &mut grown {
             Some(grown) => grown.read(&mut reader, first, count, out),
             None => reader.read(first, count, out),
         };
         let mut some = vec![0; if transposed { step.min(rows) * width } else { 0 }];
-        for first in (0..rows).step_by(step) {
-            pool::check(cancel)?;
-            let count = step.min(rows - first);
-            if transposed {
-                let some = &mut some[..count * width];
-                read(first, count, some)?;
-                transpose_rows(some, columns, first, out, rows, dtype.size());
-            } else {
-                read(first, count, &mut out[first * width..(first + count) * width])?;
+        let mut done = 0;
+        for run in &part.rows {
+            for first in run.clone().step_by(step) {
+                pool::check(cancel)?;
+                let count = step.min(run.end - first);
+                if transposed {
+                    let some = &mut some[..count * width];
+                    read(first, count, some)?;
+                    transpose_rows(some, columns, done, out, rows, dtype.size());
+                } else {
+                    read(first, count, &mut out[done * width..(done + count) * width])?;
+                }
+                done += count;
             }
         }
         Ok(())
@@ -352,11 +342,13 @@ impl Checkpoint {
     }
 }
 
-/// Reads rows of one piece as elements of `dtype`.
+/// Reads rows of one piece, or some columns of them, as elements of `dtype`.
 struct Rows<'a> {
     checkpoint: &'a Checkpoint,
     param: &'a Param,
     piece: usize,
+    /// The columns that are read, of those on disk.
+    columns: Vec<Range<usize>>,
     dtype: DType,
     /// Stored bytes of rows that are converted.
     scratch: Vec<u8>,
@@ -365,15 +357,19 @@ struct Rows<'a> {
 }
 
 impl<'a> Rows<'a> {
-    fn new(checkpoint: &'a Checkpoint, param: &'a Param, piece: usize, dtype: DType) -> Rows<'a> {
-        Rows { checkpoint, param, piece, dtype, scratch: Vec::new(), floats: Vec::new() }
+    /// Reads the part's columns.
+    fn new(checkpoint: &'a Checkpoint, param: &'a Param, part: &Part, dtype: DType) -> Rows<'a> {
+        let (_, on_disk) = checkpoint.matrix_on_disk(param, part.piece);
+        let columns = part.columns.iter().map(|run| run.start.min(on_disk)..run.end.min(on_disk));
+        let columns = columns.filter(|run| !run.is_empty()).collect();
+        Rows { checkpoint, param, piece: part.piece, columns, dtype, scratch: Vec::new(), floats: Vec::new() }
     }
 
     fn read(&mut self, first: usize, count: usize, out: &mut [u8]) -> Result<()> {
         let checkpoint = self.checkpoint;
         let piece = &self.param.pieces[self.piece];
         let (rows, columns) = checkpoint.matrix_on_disk(self.param, self.piece);
-        let elements = count * columns;
+        let elements = count * total(&self.columns);
         // a per-head tensor holds the pieces one after another
         let (name, first) = match checkpoint.form() {
             Form::HuggingFace => (piece.name.as_str(), piece.first_row + first),
@@ -384,18 +380,30 @@ impl<'a> Rows<'a> {
                 let (shard, Stored { dtype, range, .. }) =
                     folder.get(name).ok_or_else(|| checkpoint.unknown(self.param))?;
                 let from = float_type(*dtype).ok_or_else(|| checkpoint.unknown(self.param))?;
-                let offset = range.start + (first * columns * from.size()) as u64;
-                if from == self.dtype {
-                    return shard.read_at(out, offset);
+                self.scratch.resize(if from == self.dtype { 0 } else { elements * from.size() }, 0);
+                let mut bytes = if from == self.dtype { &mut *out } else { &mut self.scratch };
+                for segment in segments(first..first + count, &self.columns, columns) {
+                    let (now, later) = mem::take(&mut bytes).split_at_mut(segment.len() * from.size());
+                    shard.read_at(now, range.start + (segment.start * from.size()) as u64)?;
+                    bytes = later;
                 }
-                self.scratch.resize(elements * from.size(), 0);
-                shard.read_at(&mut self.scratch, offset)?;
+                if from == self.dtype {
+                    return Ok(());
+                }
                 (shard.path.as_path(), cast(&self.scratch, from, out, self.dtype))
             }
             Source::Gguf(gguf) => {
-                self.floats.resize(elements, 0.0);
+                self.floats.resize(count * columns, 0.0);
                 gguf.read_rows(name, first..first + count, &mut self.floats)?;
-                (gguf.path(), narrow(&self.floats, out, self.dtype))
+                let mut kept = 0;
+                for segment in segments(0..count, &self.columns, columns) {
+                    let len = segment.len();
+                    if kept < segment.start {
+                        self.floats.copy_within(segment, kept);
+                    }
+                    kept += len;
+                }
+                (gguf.path(), narrow(&self.floats[..elements], out, self.dtype))
             }
         };
         narrowed.map_err(|Overflow { value }| {
