@@ -4,6 +4,7 @@
 
 pub mod dtype;
 pub mod graph;
+pub mod hlo;
 pub mod pjrt;
 pub mod wheel;
 

@@ -39,9 +39,9 @@ pub(crate) fn module(module: &Module, emission: Emission) -> String {
 fn entry(module: &Module, emission: Emission, channels: &Cell<u32>) -> String {
     let mut emitter = Emitter::new(module, emission, channels);
     let ids = emitter.body_args(&module.body);
-    let sharding = |sharding: &Option<Sharding>| match (sharding, &module.mesh) {
-        (Some(sharding), Some(mesh)) => Some(sharding_attr(sharding, mesh, emission)),
-        _ => None,
+    let sharding = |sharding: &Option<Sharding>| {
+        let mesh = module.mesh.as_ref()?;
+        Some(sharding_attr(sharding.as_ref()?, mesh, emission))
     };
     let mut args = Vec::new();
     for (arg, id) in module.args.iter().zip(&ids) {
@@ -269,8 +269,8 @@ impl Cx<'_, '_> {
         format!("{{\n{head}{block}{pad}}}")
     }
 
-    /// Writes the nodes of a body before the op, reading these values in place of its arguments, and gives the names
-    /// of its results.
+    /// Writes the nodes of a body before the op, reading these values in place of its arguments, and gives
+    /// the names of its results.
     pub fn inline(&mut self, body: &Body, args: &[String]) -> Vec<String> {
         self.emitter.nodes(body, args.to_vec(), &mut self.prologue)
     }

@@ -26,6 +26,7 @@ pub struct Graph(Rc<RefCell<State>>);
 struct State {
     name: String,
     sharding: Option<(Mesh, Rules)>,
+    platform: Platform,
     precision: Precision,
     args: Vec<Arg>,
     outputs: Vec<(Output, ValueId)>,
@@ -35,10 +36,34 @@ struct State {
     calls: HashMap<(String, Vec<Aval>), Rc<Function>>,
     symbols: HashMap<String, usize>,
     inline_calls: bool,
+    no_manual: bool,
     manual: bool,
     scopes: Vec<String>,
     taps: Vec<(String, u32, ValueId)>,
     error: Option<GraphError>,
+}
+
+/// What a graph is to run on: the same values are computed everywhere, in the form that suits the platform.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Platform {
+    /// A processor.
+    #[default]
+    Cpu,
+    /// A graphics processor.
+    Gpu,
+    /// A tensor processing unit.
+    Tpu,
+}
+
+impl Platform {
+    /// The platform that a PJRT plugin calls `name`: `cpu`, `tpu`, and `cuda` or `rocm`.
+    pub fn named(name: &str) -> Platform {
+        match name.to_ascii_lowercase().as_str() {
+            "cpu" | "host" => Platform::Cpu,
+            "tpu" => Platform::Tpu,
+            _ => Platform::Gpu,
+        }
+    }
 }
 
 /// A body that is open: the entry function at the bottom, then what is being traced inside it.
@@ -50,8 +75,8 @@ struct Frame {
 /// Attributes of an argument beyond its name and type.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct ArgAttrs<'a> {
-    /// The logical name of each axis ("batch", "heads", …; "" for one that is never split). Without a mesh it has no
-    /// effect.
+    /// The logical name of each axis ("batch", "heads", …; "" for one that is never split); every device has the whole
+    /// argument without it. Without a mesh it has no effect.
     pub sharding: Option<&'a [&'a str]>,
 }
 
@@ -78,6 +103,7 @@ impl Graph {
         Graph(Rc::new(RefCell::new(State {
             name: name.to_string(),
             sharding: None,
+            platform: Platform::Cpu,
             precision: Precision::Default,
             args: Vec::new(),
             outputs: Vec::new(),
@@ -87,6 +113,7 @@ impl Graph {
             calls: HashMap::new(),
             symbols: HashMap::from([("main".to_string(), 0)]),
             inline_calls: false,
+            no_manual: false,
             manual: false,
             scopes: Vec::new(),
             taps: Vec::new(),
@@ -102,6 +129,45 @@ impl Graph {
             self.fail(Location::caller(), "set_mesh comes after the first argument: call it before".into());
         }
         self.0.borrow_mut().sharding = Some((mesh, rules));
+    }
+
+    /// Says what the graph is to run on; [`Platform::Cpu`] at first. Code that builds asks [`Graph::platform`] where forms of
+    /// the same computation differ in speed.
+    pub fn set_platform(&self, platform: Platform) {
+        self.0.borrow_mut().platform = platform;
+    }
+
+    /// What the graph is to run on.
+    pub fn platform(&self) -> Platform {
+        self.0.borrow().platform
+    }
+
+    /// Number of devices along a mesh axis; 1 where there is no mesh or no such axis.
+    pub fn devices_along(&self, axis: &str) -> usize {
+        self.mesh().and_then(|mesh| mesh.size(axis)).unwrap_or(1)
+    }
+
+    /// Inside a manual computation the mesh axes that split a logical axis (major first); none where the body has the whole,
+    /// because there is no mesh, no rule, or no manual computation.
+    pub fn piece_axes(&self, logical: &str) -> Vec<String> {
+        if self.0.borrow().manual { self.mesh_axes(logical) } else { Vec::new() }
+    }
+
+    /// The mesh axes that split a logical axis (major first); none without a mesh or a rule.
+    pub fn mesh_axes(&self, logical: &str) -> Vec<String> {
+        let Some((mesh, rules)) = self.sharding() else { return Vec::new() };
+        let axes = rules.mesh_axes(logical).unwrap_or_default();
+        axes.iter().filter(|axis| mesh.size(axis).is_some()).cloned().collect()
+    }
+
+    /// With `true`, the bodies of manual computations stand in line and have the whole of everything: for a partitioner that
+    /// does not do well with them.
+    pub fn without_manual(&self, without: bool) {
+        self.0.borrow_mut().no_manual = without;
+    }
+
+    pub(crate) fn has_manual(&self) -> bool {
+        !self.0.borrow().no_manual
     }
 
     /// The mesh in use.
@@ -152,7 +218,10 @@ impl Graph {
         if self.0.borrow().args.iter().any(|arg| arg.name == name) {
             self.fail(location, format!("argument {name:?} is added twice: names are unique"));
         }
-        let sharding = attrs.sharding.and_then(|logical| self.resolve(location, name, logical, shape));
+        let sharding = match attrs.sharding {
+            Some(logical) => self.resolve(location, name, logical, shape),
+            None => self.whole(shape),
+        };
         let tensor = self.placeholder(aval.clone());
         let mut state = self.0.borrow_mut();
         state.args.push(Arg { name: name.to_string(), aval, sharding, aliased_output: None });
@@ -161,6 +230,11 @@ impl Graph {
         body.values[tensor.id.index()].name = Some(name.to_string());
         drop(state);
         tensor
+    }
+
+    /// The layout of what every device has whole, if there is a mesh.
+    fn whole(&self, shape: &[usize]) -> Option<Sharding> {
+        self.sharding().map(|_| Sharding { dims: vec![Vec::new(); shape.len()] })
     }
 
     /// Resolves logical axes on the mesh in use, if there is one and a tensor is more than one device's piece.
@@ -176,10 +250,10 @@ impl Graph {
         resolved.map_err(|error| self.fail(location, format!("{what:?}: {error}"))).ok()
     }
 
-    /// Adds an output. Outputs come back in the order of these calls. Errors: a name used before.
+    /// Adds an output, whole on every device. Outputs come back in the order of these calls. Errors: a name used before.
     #[track_caller]
     pub fn output(&self, name: &str, value: &Tensor) {
-        self.add_output(Location::caller(), name, value, None);
+        self.add_output(Location::caller(), name, value, self.whole(value.shape()));
     }
 
     /// Adds an output that is laid out over the mesh as these logical axes say. Errors: those of [`Graph::output`] and

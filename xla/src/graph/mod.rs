@@ -38,7 +38,7 @@ pub use aval::Aval;
 pub use einsum::{einsum, einsum_as, einsum1};
 pub use emit::{Cx, Emission};
 pub use error::GraphError;
-pub use graph::{ArgAttrs, Graph, Rewrite, Scope};
+pub use graph::{ArgAttrs, Graph, Platform, Rewrite, Scope};
 pub use module::{Arg, Body, Function, Module, Node, Output, Value, ValueId};
 pub use ops::constant::{Element, Scalar};
 pub use ops::control::Branch;

@@ -85,7 +85,7 @@ pub struct Arg {
     pub name: String,
     /// Element type and shape (of the whole array, over all devices).
     pub aval: Aval,
-    /// How it is laid out over the mesh; `None` leaves it to the partitioner.
+    /// How it is laid out over the mesh; `None` where there is none.
     pub sharding: Option<Sharding>,
     /// The output that takes its memory over: the argument is donated.
     pub aliased_output: Option<usize>,
@@ -98,7 +98,7 @@ pub struct Output {
     pub name: String,
     /// Element type and shape (of the whole array, over all devices).
     pub aval: Aval,
-    /// How it is laid out over the mesh; `None` leaves it to the partitioner.
+    /// How it is laid out over the mesh; `None` where there is none.
     pub sharding: Option<Sharding>,
 }
 

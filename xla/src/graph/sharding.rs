@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::ops::Range;
 
 use super::aval::{join, list};
 
@@ -58,7 +59,7 @@ impl Mesh {
     }
 
     /// Number of devices along these axes together.
-    pub(crate) fn devices_along(&self, axes: &[String]) -> usize {
+    pub fn devices_along(&self, axes: &[String]) -> usize {
         axes.iter().filter_map(|axis| self.size(axis)).product()
     }
 
@@ -68,18 +69,24 @@ impl Mesh {
         format!("sdy.mesh @mesh = <[{}]>", axes.join(", "))
     }
 
+    /// Where a device stands along each axis.
+    fn coordinates(&self, device: usize) -> Vec<usize> {
+        let mut rest = device;
+        let mut coordinates = vec![0; self.axes.len()];
+        for (coordinate, (_, size)) in coordinates.iter_mut().zip(&self.axes).rev() {
+            *coordinate = rest % size;
+            rest /= size;
+        }
+        coordinates
+    }
+
     /// The device groups that a collective over `axes` works in: each group differs only along those axes.
     pub(crate) fn groups(&self, axes: &[String]) -> Vec<Vec<usize>> {
         // By coordinates: first those outside `axes`, which tell the groups apart, then those along them, in the order
         // in which the axes are named.
         let mut groups: BTreeMap<Vec<usize>, BTreeMap<Vec<usize>, usize>> = BTreeMap::new();
         for device in 0..self.devices() {
-            let mut rest = device;
-            let mut coordinate = vec![0; self.axes.len()];
-            for (i, (_, size)) in self.axes.iter().enumerate().rev() {
-                coordinate[i] = rest % size;
-                rest /= size;
-            }
+            let coordinate = self.coordinates(device);
             let position = |axis: &String| self.axes.iter().position(|(name, _)| name == axis);
             let inside = axes.iter().filter_map(position).map(|i| coordinate[i]).collect();
             let outside = (0..self.axes.len()).filter(|&i| !axes.contains(&self.axes[i].0)).map(|i| coordinate[i]);
@@ -185,6 +192,20 @@ impl Sharding {
         piece.iter().zip(&self.dims).map(|(n, axes)| n * mesh.devices_along(axes)).collect()
     }
 
+    /// Which part of an array of this shape a device has, a range for each axis.
+    pub fn part(&self, mesh: &Mesh, shape: &[usize], device: usize) -> Vec<Range<usize>> {
+        let coordinates = mesh.coordinates(device);
+        let range = |(&n, axes): (&usize, &Vec<String>)| {
+            let number = axes.iter().fold(0, |number, axis| {
+                let place = mesh.axes.iter().position(|(name, _)| name == axis);
+                place.map_or(number, |i| number * mesh.axes[i].1 + coordinates[i])
+            });
+            let size = n / mesh.devices_along(axes);
+            number * size..(number + 1) * size
+        };
+        shape.iter().zip(&self.dims).map(range).collect()
+    }
+
     /// `[{"data"}, {}]`, the Shardy list of axes per dimension.
     pub(crate) fn shardy(&self) -> String {
         let dims: Vec<_> = self.dims.iter().map(|axes| format!("{{{}}}", join(&quoted(axes), ", "))).collect();
@@ -256,6 +277,15 @@ mod tests {
         assert_eq!(s.gspmd(&mesh()), "{devices=[8]<=[2,4]T(1,0)}");
         assert_eq!(rules().resolve(&mesh(), &["embed"], &[3]).unwrap().gspmd(&mesh()), "{replicated}");
         assert_eq!(mesh().shardy(), r#"sdy.mesh @mesh = <["data"=2, "model"=4]>"#);
+    }
+
+    #[test]
+    fn every_device_has_its_part() {
+        let s = rules().resolve(&mesh(), &["vocab", "embed"], &[16, 3]).unwrap();
+        // model is the major axis of vocab, data the minor one; device 5 stands at data 1, model 1
+        assert_eq!(s.part(&mesh(), &[16, 3], 5), [6..8, 0..3]);
+        let s = rules().resolve(&mesh(), &["batch", "heads"], &[4, 8]).unwrap();
+        assert_eq!(s.part(&mesh(), &[4, 8], 6), [2..4, 4..6]);
     }
 
     #[test]

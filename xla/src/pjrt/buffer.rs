@@ -27,6 +27,7 @@ unsafe impl Send for Buffer {}
 unsafe impl Sync for Buffer {}
 
 /// Host memory to upload.
+#[derive(Clone)]
 pub enum HostData<'a> {
     /// Copied during the call.
     Borrowed(&'a [u8]),

@@ -5,6 +5,7 @@ use super::device::{self, Device, DeviceRecord};
 use super::element::{self, Element};
 use super::error::Error;
 use super::executable::{LoadedExecutable, Shape};
+use super::key_value::{Callbacks, KeyValueStore};
 use super::options::CompileOptions;
 use super::plugin::Plugin;
 use super::sys::{self, Arguments};
@@ -24,6 +25,8 @@ struct Inner {
     platform_version: String,
     process_index: i32,
     devices: Vec<DeviceRecord>,
+    /// Dropped after `drop` has destroyed the client: the plugin may call back as long as the client lives.
+    _callbacks: Option<Callbacks>,
 }
 
 // SAFETY: PJRT clients accept calls from any thread; the device pointers are owned by the client and constant.
@@ -41,11 +44,19 @@ impl Drop for Inner {
 }
 
 impl Client {
-    pub(super) fn create(plugin: Plugin, options: &[(&str, Value)]) -> Result<Client, Error> {
+    pub(super) fn create(
+        plugin: Plugin,
+        options: &[(&str, Value)],
+        store: Option<Arc<dyn KeyValueStore>>,
+    ) -> Result<Client, Error> {
         let raw_options = value::to_raw(options);
+        let callbacks = store.map(Callbacks::new);
         let mut args = sys::ClientCreate::new();
         args.create_options = raw_options.as_ptr();
         args.num_options = raw_options.len();
+        if let Some(callbacks) = &callbacks {
+            callbacks.give_to(&mut args);
+        }
         plugin.call(&mut args)?;
         // From here on a failure drops `inner`, which destroys the client.
         let mut inner = Inner {
@@ -55,6 +66,7 @@ impl Client {
             platform_version: String::new(),
             process_index: 0,
             devices: Vec::new(),
+            _callbacks: callbacks,
         };
         let mut args = sys::ClientPlatformName::new();
         args.client = inner.raw;

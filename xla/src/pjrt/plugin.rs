@@ -2,6 +2,7 @@
 
 use super::client::Client;
 use super::error::{Code, Error};
+use super::key_value::KeyValueStore;
 use super::sys::{self, Arguments};
 use super::topology::{Topology, is_libtpu, set_tpu_compile_environment};
 use super::value::{self, Value};
@@ -9,7 +10,7 @@ use super::{executable::Executable, ffi};
 use super::{library, options::CompileOptions};
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 /// The version of the PJRT C API that these bindings follow, major and minor.
 pub const API_VERSION: (i32, i32) = (0, 117);
@@ -109,7 +110,19 @@ impl Plugin {
     /// # Errors
     /// What the plugin says: an unknown option, no device, a device in use.
     pub fn client(&self, options: &[(&str, Value)]) -> Result<Client, Error> {
-        Client::create(*self, options)
+        Client::create(*self, options, None)
+    }
+
+    /// Creates a client that shares its devices with the clients of other processes, which it finds through `store`.
+    ///
+    /// Every process of the program makes its client with a store that holds the same keys. A GPU plugin takes the
+    /// options `node_id` (this process's index) and `num_nodes` (how many there are), both integers, and returns when
+    /// every process has come. The store is kept as long as the client and called from the plugin's threads.
+    ///
+    /// # Errors
+    /// As for [`Plugin::client`], and what the store said: a process that did not come in time, a server that is down.
+    pub fn client_with_store(&self, options: &[(&str, Value)], store: Arc<dyn KeyValueStore>) -> Result<Client, Error> {
+        Client::create(*self, options, Some(store))
     }
 
     /// Describes devices that need not be present, for [`Plugin::compile_for`].

@@ -305,6 +305,59 @@ pub(super) struct Program {
     pub(super) reserved: [usize; 4],
 }
 
+/// `PJRT_CallbackError`: makes an error object of the plugin, with a copy of the message.
+pub(super) type CallbackError =
+    unsafe extern "C" fn(code: i32, message: *const u8, message_size: usize) -> *mut RawError;
+
+/// `PJRT_KeyValueGetCallback_ValueDeleter`; the plugin passes it the value that a callback returned.
+pub(super) type ValueDeleter = unsafe extern "C" fn(value: *mut u8);
+
+/// `PJRT_KeyValueGetCallback` and its two relatives.
+pub(super) type KeyValueCallback<A> = unsafe extern "C" fn(args: *mut A) -> *mut RawError;
+
+/// What a plugin passes to the callback that waits for a key. It lies in the plugin's memory, so it has no reserved
+/// words, and XLA leaves the two fields of its head unset.
+#[repr(C)]
+pub(super) struct KeyValueGet {
+    pub(super) struct_size: usize,
+    pub(super) extension_start: *mut Extension,
+    pub(super) key: *const u8,
+    pub(super) key_size: usize,
+    pub(super) timeout_ms: i32,
+    pub(super) callback_error: *const CallbackError,
+    pub(super) user_arg: *mut c_void,
+    pub(super) value: *mut u8,
+    pub(super) value_size: usize,
+    pub(super) value_deleter: Option<ValueDeleter>,
+}
+
+/// The same for the callback that does not wait.
+#[repr(C)]
+pub(super) struct KeyValueTryGet {
+    pub(super) struct_size: usize,
+    pub(super) extension_start: *mut Extension,
+    pub(super) key: *const u8,
+    pub(super) key_size: usize,
+    pub(super) callback_error: *const CallbackError,
+    pub(super) user_arg: *mut c_void,
+    pub(super) value: *mut u8,
+    pub(super) value_size: usize,
+    pub(super) value_deleter: Option<ValueDeleter>,
+}
+
+/// The same for the callback that writes.
+#[repr(C)]
+pub(super) struct KeyValuePut {
+    pub(super) struct_size: usize,
+    pub(super) extension_start: *mut Extension,
+    pub(super) key: *const u8,
+    pub(super) key_size: usize,
+    pub(super) value: *const u8,
+    pub(super) value_size: usize,
+    pub(super) callback_error: *const CallbackError,
+    pub(super) user_arg: *mut c_void,
+}
+
 /// `PJRT_Buffer_MemoryLayout` in its tiled form; the strides form is shorter and not used here.
 #[repr(C)]
 pub(super) struct MemoryLayout {
@@ -391,10 +444,10 @@ arguments! {
 
     "PJRT_Client_Create", "create a client" => ClientCreate {
         create_options: *const NamedValue, num_options: usize,
-        kv_get_callback: *mut c_void, kv_get_user_arg: *mut c_void,
-        kv_put_callback: *mut c_void, kv_put_user_arg: *mut c_void,
+        kv_get_callback: Option<KeyValueCallback<KeyValueGet>>, kv_get_user_arg: *mut c_void,
+        kv_put_callback: Option<KeyValueCallback<KeyValuePut>>, kv_put_user_arg: *mut c_void,
         client: *mut RawClient,
-        kv_try_get_callback: *mut c_void, kv_try_get_user_arg: *mut c_void,
+        kv_try_get_callback: Option<KeyValueCallback<KeyValueTryGet>>, kv_try_get_user_arg: *mut c_void,
     }
     "PJRT_Client_Destroy", "free a client" => ClientDestroy { client: *mut RawClient }
     "PJRT_Client_PlatformName", "read the platform's name" => ClientPlatformName {
@@ -590,6 +643,9 @@ mod tests {
         assert_eq!(offset_of!(DeviceMemoryStats, peak_allocated_bytes), 192);
         assert_eq!(offset_of!(ExecutableMemoryStats, reserved), 144);
         assert_eq!(offset_of!(ClientCreate, kv_try_get_user_arg), 80);
+        assert_eq!(offset_of!(KeyValueGet, value_deleter), 72);
+        assert_eq!(offset_of!(KeyValueTryGet, value_deleter), 64);
+        assert_eq!(offset_of!(KeyValuePut, user_arg), 56);
     }
 
     #[test]

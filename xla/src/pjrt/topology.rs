@@ -132,14 +132,34 @@ pub(super) fn is_libtpu(path: &Path) -> bool {
     path.file_name().is_some_and(|n| n.to_string_lossy().starts_with("libtpu"))
 }
 
+/// Whether this machine has TPUs: `XLA_ON_TPU_VM` says so where it is set (`0` or nothing: no), else the PCI bus, where
+/// Google's TPUs stand with these numbers (JAX, `hardware_utils.py`).
+pub fn on_tpu_vm() -> bool {
+    match std::env::var_os("XLA_ON_TPU_VM") {
+        Some(said) => !said.is_empty() && said != "0",
+        None => has_tpu(Path::new("/sys/bus/pci/devices")),
+    }
+}
+
+/// Looks for TPUs among the PCI devices of a folder.
+fn has_tpu(devices: &Path) -> bool {
+    const GOOGLE: &str = "0x1ae0";
+    /// v2 and v3, v4, v5p, v5e, v6e, v7x.
+    const TPUS: [&str; 6] = ["0x0027", "0x005e", "0x0062", "0x0063", "0x006f", "0x0076"];
+    let Ok(entries) = std::fs::read_dir(devices) else { return false };
+    entries.flatten().any(|entry| {
+        let read = |name: &str| std::fs::read_to_string(entry.path().join(name)).unwrap_or_default();
+        read("vendor").trim() == GOOGLE && TPUS.contains(&read("device").trim())
+    })
+}
+
 /// Keeps libtpu from looking for TPUs: it compiles for topologies and asks no metadata server.
 ///
 /// Sets, where they are unset, `TPU_SKIP_MDS_QUERY`, `TPU_ACCELERATOR_TYPE`, `TPU_WORKER_ID`,
 /// `TPU_WORKER_HOSTNAMES` and `ALLOW_MULTIPLE_LIBTPU_LOAD`. [`Plugin::load`] calls this for a file named `libtpu*`
-/// unless `XLA_ON_TPU_VM` is set to a value other than `0`, with which a user says that this machine has TPUs.
+/// unless this machine has TPUs ([`on_tpu_vm`]).
 pub fn set_tpu_compile_environment() {
-    let on_tpu_vm = std::env::var_os("XLA_ON_TPU_VM").is_some_and(|v| !v.is_empty() && v != "0");
-    if on_tpu_vm {
+    if on_tpu_vm() {
         return;
     }
     set_env_default("TPU_SKIP_MDS_QUERY", "1");
@@ -147,4 +167,27 @@ pub fn set_tpu_compile_environment() {
     set_env_default("TPU_WORKER_ID", "0");
     set_env_default("TPU_WORKER_HOSTNAMES", "localhost");
     set_env_default("ALLOW_MULTIPLE_LIBTPU_LOAD", "1");
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_tpu_is_not_a_network_card() {
+        let bus = tempfile::tempdir().unwrap();
+        let add = |slot: &str, vendor: &str, device: &str| {
+            let folder = bus.path().join(slot);
+            std::fs::create_dir(&folder).unwrap();
+            std::fs::write(folder.join("vendor"), format!("{vendor}\n")).unwrap();
+            std::fs::write(folder.join("device"), format!("{device}\n")).unwrap();
+        };
+        assert!(!has_tpu(&bus.path().join("nowhere")));
+        // Google's network card, and another maker's device with a TPU's number
+        add("0000:00:04.0", "0x1ae0", "0x0042");
+        add("0000:00:05.0", "0x8086", "0x0063");
+        assert!(!has_tpu(bus.path()));
+        add("0000:00:06.0", "0x1ae0", "0x0063");
+        assert!(has_tpu(bus.path()));
+    }
 }

@@ -255,6 +255,22 @@ device_number! {
     ReplicaId.replica_id "replica_id" "number of this copy of the program";
 }
 
+impl Graph {
+    /// Where this device stands along a mesh axis, an i32 scalar; 0 where there is no such axis. Inside
+    /// `Graph::manual_computation`.
+    #[track_caller]
+    pub fn coordinate(&self, mesh_axis: &str) -> Tensor {
+        let axes = self.mesh().map_or(Vec::new(), |mesh| mesh.axes().to_vec());
+        match axes.iter().position(|(name, _)| name == mesh_axis) {
+            None => self.scalar(0i64, DType::I32),
+            Some(i) => {
+                let stride: usize = axes[i + 1..].iter().map(|(_, size)| size).product();
+                self.partition_id().cast(DType::I32) / stride as i64 % axes[i].1 as i64
+            }
+        }
+    }
+}
+
 impl Tensor {
     /// The devices that differ only along these mesh axes, group by group.
     #[track_caller]

@@ -128,7 +128,9 @@ impl Graph {
     /// Runs `body` on each device with its pieces of the inputs: each is given with the logical names of its axes,
     /// and so is each result. The body sees only its arguments and talks to other devices through collectives;
     /// [`Tensor::shard`] has no effect in it. A result that is not split along a mesh axis must be the same on all
-    /// devices of that axis. Errors: no mesh, those of [`Rules::resolve`](crate::graph::Rules::resolve).
+    /// devices of that axis. Without a mesh, or after
+    /// [`Graph::without_manual`], there is one piece, and the body stands in line. Errors: those of
+    /// [`Rules::resolve`](crate::graph::Rules::resolve).
     #[track_caller]
     pub fn manual_computation(
         &self,
@@ -137,9 +139,8 @@ impl Graph {
         body: impl FnOnce(&[Tensor]) -> Vec<Tensor>,
     ) -> Vec<Tensor> {
         let location = Location::caller();
-        let Some((mesh, rules)) = self.sharding() else {
-            self.fail(location, "manual_computation: needs a mesh; set one with set_mesh".into());
-            return inputs.iter().map(|(x, _)| (*x).clone()).take(outputs.len()).collect();
+        let Some((mesh, rules)) = self.sharding().filter(|_| self.has_manual()) else {
+            return body(&inputs.iter().map(|(x, _)| (*x).clone()).collect::<Vec<_>>());
         };
         let cut = inputs.iter().map(|(x, logical)| rules.resolve(&mesh, logical, x.shape()));
         let joined = outputs.iter().map(|logical| rules.axes(&mesh, logical));
@@ -215,6 +216,15 @@ mod tests {
     }
 
     #[test]
+    fn without_a_mesh_the_body_stands_in_line() {
+        let double = |g: &Graph| {
+            let x = g.arg("x", F32, &[3]);
+            g.manual_computation(&[(&x, &["batch"])], &[&["batch"]], |a| vec![(&a[0] + &a[0]).shard(["batch"])])
+        };
+        assert_eq!(crate::graph::testing::lines(double), ["%add = stablehlo.add %x, %x : tensor<3xf32>"]);
+    }
+
+    #[test]
     fn errors() {
         let manual = |input: &[&str], output: &[&[&str]]| {
             error(|g| {
@@ -225,6 +235,5 @@ mod tests {
         assert!(manual(&["batch"], &[&["batch"]]).contains("of length 3 cannot be split over 2 devices"));
         assert!(manual(&[""], &[&["", ""]]).contains("result 0 is f32[3], its sharding [{}, {}] has 2 axes"));
         assert!(manual(&[""], &[&[""], &[""]]).contains("the body has 1 results, 2 shardings are given"));
-        assert!(error(|g| g.manual_computation(&[], &[], |_| vec![])).contains("needs a mesh"));
     }
 }
