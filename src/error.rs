@@ -20,11 +20,22 @@ pub enum Error {
     /// Tokenizer or chat template.
     #[error(transparent)]
     Text(#[from] crate::text::Error),
+    /// Several processes that do not find together.
+    #[error(transparent)]
+    Distributed(#[from] crate::distributed::Error),
     /// An option outside its range.
     #[error("--{name} {what}")]
     Option {
         /// The option as the command line spells it, without dashes.
         name: String,
+        /// What was required and found.
+        what: String,
+    },
+    /// An environment variable that does not say what it should.
+    #[error("{name} {what}")]
+    Variable {
+        /// The variable.
+        name: &'static str,
         /// What was required and found.
         what: String,
     },
@@ -77,6 +88,14 @@ pub enum Error {
         /// The file.
         path: PathBuf,
         /// What was required and found.
+        what: String,
+    },
+    /// A compiled program that cannot be loaded here.
+    #[error("{}: {what}", path.display())]
+    Executable {
+        /// The file.
+        path: PathBuf,
+        /// What was required and found, and what to do.
         what: String,
     },
     /// A file could not be read or written.

@@ -14,6 +14,7 @@ use xla::DType;
 use crate::Error;
 use crate::generation::SamplingOptions;
 use crate::runtime::{Engine, Session, chunked_logits, hex};
+use crate::sharding::MeshShape;
 use crate::text::Tokenizer;
 
 /// `manifest.json`.
@@ -99,6 +100,8 @@ pub struct Row {
     pub tolerance: String,
     /// Whether it was met.
     pub pass: bool,
+    /// The mesh does not divide this model, so there is nothing to compare.
+    pub refused: bool,
     /// What went wrong, if the comparison could not be made.
     pub note: Option<String>,
 }
@@ -107,6 +110,11 @@ impl Row {
     /// The row of a case that could not be compared at all.
     pub fn failed(case: &Case, why: &dyn std::fmt::Display) -> Row {
         Row { note: Some(why.to_string()), ..Row::new(&case.name, "all") }
+    }
+
+    /// The row of a case whose model a mesh does not divide.
+    pub fn refused(case: &Case, why: &dyn std::fmt::Display) -> Row {
+        Row { pass: true, refused: true, ..Row::failed(case, why) }
     }
 
     fn new(case: &str, check: &str) -> Row {
@@ -118,6 +126,7 @@ impl Row {
             top1: None,
             tolerance: String::new(),
             pass: false,
+            refused: false,
             note: None,
         }
     }
@@ -311,7 +320,14 @@ fn argmax(row: &[f32]) -> usize {
 /// models, 4.2e-3 at most for SmolLM2 (heads of 64), 3.3e-3 and 2.3e-2 for Gemma 3 270M (one head of 256).
 const INT8_CACHE: KlFigures = KlFigures { kl_mean: 5e-3, kl_max: 3e-2 };
 
-/// Runs one case: `load` makes an engine of the case's checkpoint in a dtype.
+/// How far logits on a mesh may be from those of one device, f32.
+const MESH_ABSOLUTE: f64 = 1e-4;
+
+/// Makes an engine of a checkpoint in a dtype on a mesh.
+pub type Load<'a> = dyn Fn(&Checkpoint, DType, MeshShape) -> Result<Engine, Error> + 'a;
+
+/// Runs one case on `mesh` with the engines that `load` makes. On several devices the logits are compared with one device's
+/// too, and activations, which then lie in pieces, are not.
 ///
 /// # Errors
 /// Files that are damaged or belong to another model; whatever the engine refuses.
@@ -320,8 +336,12 @@ pub fn check(
     dir: &Path,
     tolerances_of: &Manifest,
     checkpoint: &Checkpoint,
-    load: &dyn Fn(&Checkpoint, DType) -> Result<Engine, Error>,
+    mesh: MeshShape,
+    load: &Load<'_>,
 ) -> Result<Vec<Row>, Error> {
+    if let Err(why) = mesh.check(checkpoint.config()) {
+        return Ok(vec![Row::refused(case, &why)]);
+    }
     case.verify_files(dir)?;
     let tolerances = tolerances_of.tolerances;
     let mut arrays = Arrays::open(dir.join(&case.npz))?;
@@ -343,7 +363,7 @@ pub fn check(
     let row = |check: &str| Row::new(&case.name, check);
     let mut rows = Vec::new();
 
-    let engine = load(checkpoint, DType::F32)?;
+    let engine = load(checkpoint, DType::F32, mesh)?;
     let narrow = engine.cache_options().dtype.filter(|dtype| *dtype != DType::F32);
     let within = |name: &str, logits: &[f32], bar: KlFigures, tolerance: String| {
         let d = reference.distance(logits);
@@ -383,7 +403,18 @@ pub fn check(
         pass: d.kl_max <= tolerances.f32_kl_max,
         ..row("f32 prefill")
     });
-    if let Some(worst) = compare_activations(&engine, &tokens, &mut arrays)? {
+    if mesh.devices() > 1 {
+        let one = load(checkpoint, DType::F32, MeshShape::default())?;
+        let alone = chunked_logits(&one, &tokens, tokens.len())?;
+        let difference = max_difference(prefill.iter().zip(&alone));
+        rows.push(Row {
+            max_abs_error: Some(difference),
+            top1: Some(same_top1(&prefill, &alone, case.vocab_size)),
+            tolerance: format!("abs ≤ {MESH_ABSOLUTE:.0e}"),
+            pass: difference <= MESH_ABSOLUTE,
+            ..row("as one device")
+        });
+    } else if let Some(worst) = compare_activations(&engine, &tokens, &mut arrays)? {
         rows.push(Row {
             max_abs_error: Some(worst.1),
             tolerance: format!("relative ≤ {:.0e}", tolerances.activation_relative),
@@ -412,7 +443,7 @@ pub fn check(
     drop(engine);
 
     if let Some(pytorch) = case.pytorch.bf16 {
-        let engine = load(checkpoint, DType::BF16)?;
+        let engine = load(checkpoint, DType::BF16, mesh)?;
         rows.push(as_bf16("bf16 prefill", &chunked_logits(&engine, &tokens, tokens.len())?, pytorch));
     }
     Ok(rows)

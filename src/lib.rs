@@ -4,7 +4,10 @@
 //! Data flows one way: file → [`converter`] → [`params`] → graph ([`model`]) → executable ([`runtime`]) → tokens
 //! ([`generation`]) → text ([`text`]).
 
+pub mod bytes;
+pub mod compile;
 pub mod config;
+pub mod distributed;
 mod error;
 pub mod generation;
 pub mod golden;
@@ -14,6 +17,7 @@ pub mod models;
 pub mod params;
 pub mod perplexity;
 pub mod runtime;
+pub mod sharding;
 pub mod text;
 
 pub use error::Error;

@@ -1,76 +1,51 @@
-//! The parameter tree in the graph and on the device. The tree itself, with the one list of names, axes and
-//! shardings, is declared in [`converter::layout`].
+//! The parameter tree in the graph. The tree itself, with the one list of names, axes and shardings, is declared in
+//! [`converter::layout`].
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-
-use converter::Checkpoint;
 pub use converter::layout::{Attention, DecoderBlock, FeedForward, Llama, Mlp, Moe, Param};
 use xla::DType;
-use xla::graph::{ArgAttrs, Graph, Tensor};
-use xla::pjrt::{Buffer, Client, Device, HostData, MappedBytes};
+use xla::graph::{ArgAttrs, Graph, Platform, Tensor};
 
 use crate::Error;
+use crate::config::ModelConfig;
+use crate::sharding::MeshShape;
 
-/// Declares every parameter as an argument of the graph, in tree order.
+/// Declares every parameter as an argument of the graph, in tree order, and gives them as the model reads them: what
+/// `fsdp` splits is whole again, one gather for each parameter of each layer.
 pub fn declare_args(g: &Graph, params: &Llama<Param>, dtype: DType) -> Llama<Tensor> {
-    let arg =
-        |p: &Param| g.arg_with(&p.name, device_dtype(p, dtype), &p.shape, ArgAttrs { sharding: Some(&p.logical) });
-    params.as_ref().map(&mut |p| arg(p))
-}
-
-/// The type that a parameter has on the device where the model runs in `dtype`.
-pub fn device_dtype(param: &Param, dtype: DType) -> DType {
-    if param.precise { DType::F32 } else { dtype }
-}
-
-/// Puts every parameter on the device as `dtype`, in tree order. Arrays that lie in a converted file as they are
-/// needed are handed over in place; others are read and converted by `threads` threads.
-/// `progress` gets bytes done and bytes in all.
-pub fn upload(
-    checkpoint: &Checkpoint,
-    dtype: DType,
-    client: &Client,
-    device: &Device,
-    threads: usize,
-    progress: &(dyn Fn(u64, u64) + Sync),
-) -> Result<Vec<Buffer>, Error> {
-    let params = checkpoint.params().iter();
-    let bytes = |p: &Param| (p.elements() * device_dtype(p, dtype).size()) as u64;
-    let total = params.iter().map(|p| bytes(p)).sum();
-    let (next, done) = (AtomicUsize::new(0), AtomicU64::new(0));
-    let one = |p: &Param| -> Result<Buffer, Error> {
-        let dtype = device_dtype(p, dtype);
-        let host_dtype = host_dtype(dtype)?;
-        let place = if p.dtype == host_dtype { checkpoint.place(p)? } else { None };
-        let data = match place {
-            Some(bytes) => HostData::Shared(Arc::new(MappedBytes::new(&bytes.file, bytes.range)?)),
-            None => HostData::Shared(Arc::new(checkpoint.read(p, host_dtype)?)),
-        };
-        let buffer = client.upload(data, dtype, &p.shape, Some(device))?;
-        progress(done.fetch_add(bytes(p), Ordering::Relaxed) + bytes(p), total);
-        Ok(buffer)
-    };
-    let worker = || {
-        let mut mine = Vec::new();
-        loop {
-            let i = next.fetch_add(1, Ordering::Relaxed);
-            match params.get(i) {
-                None => return Ok(mine),
-                Some(p) => mine.push((i, one(p).inspect_err(|_| next.store(usize::MAX / 2, Ordering::Relaxed))?)),
+    let arg = |p: &Param| {
+        let whole = g.arg_with(
+            &p.name,
+            device_dtype(p, dtype, g.platform()),
+            &p.shape,
+            ArgAttrs { sharding: Some(&p.logical) },
+        );
+        match g.devices_along("fsdp") {
+            1 => whole,
+            _ => {
+                let gathered = |axis: &&'static str| if *axis == "embed" { "hidden" } else { *axis };
+                whole.shard(p.logical.iter().map(gathered).collect::<Vec<_>>())
             }
         }
     };
-    let parts: Vec<Result<Vec<(usize, Buffer)>, Error>> = std::thread::scope(|scope| {
-        let handles: Vec<_> = (0..threads.max(1)).map(|_| scope.spawn(worker)).collect();
-        handles.into_iter().map(|h| h.join().unwrap_or_else(|p| std::panic::resume_unwind(p))).collect()
-    });
-    let mut buffers = Vec::with_capacity(params.len());
-    for part in parts {
-        buffers.extend(part?);
-    }
-    buffers.sort_unstable_by_key(|(i, _)| *i);
-    Ok(buffers.into_iter().map(|(_, b)| b).collect())
+    params.as_ref().map(&mut |p| arg(p))
+}
+
+/// The parameters with the shapes that they have on a mesh: key/value heads repeated where there are more devices, the
+/// vocabulary padded to what they divide.
+pub fn on_mesh(params: &Llama<Param>, cfg: &ModelConfig, mesh: MeshShape) -> Llama<Param> {
+    let size = |(&n, &logical): (&usize, &&str)| match logical {
+        "kv_heads" => mesh.kv_heads(cfg),
+        "vocab" => mesh.vocab(cfg),
+        _ => n,
+    };
+    params.clone().map(&mut |p| Param { shape: p.shape.iter().zip(&p.logical).map(size).collect(), ..p })
+}
+
+/// The type that a parameter has on the device where the model runs in `dtype`. Vectors, which are used in f32, are kept so on a
+/// TPU: each cast would be a program of its own there, 1,830 cycles, and a norm's weight has one in every layer.
+pub fn device_dtype(param: &Param, dtype: DType, platform: Platform) -> DType {
+    let vector = platform == Platform::Tpu && param.shape.len() == 1;
+    if param.precise || vector { DType::F32 } else { dtype }
 }
 
 /// The checkpoint library's name of a parameter dtype.

@@ -7,7 +7,7 @@ use std::sync::atomic::AtomicBool;
 use converter::config::RopeExtension;
 use converter::{AddedTokens, ConvertOptions, DType, Extension, Report};
 use serde_json::json;
-use xllama::Error;
+use xllama::{Error, bytes};
 
 use super::Context;
 use super::model_args::ModelArg;
@@ -125,17 +125,8 @@ fn parse_dtype(name: &str) -> Result<DType, String> {
 }
 
 fn parse_size(text: &str) -> Result<u64, String> {
-    let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
-    let unit = match &text[digits..] {
-        "" | "B" => 1,
-        "KB" => 1000,
-        "MB" => 1_000_000,
-        "GB" => 1_000_000_000,
-        "KiB" => 1 << 10,
-        "MiB" => 1 << 20,
-        "GiB" => 1 << 30,
-        other => return Err(format!("unknown unit {other:?}; use B, KB, MB, GB, KiB, MiB or GiB")),
-    };
-    let number: u64 = text[..digits].parse().map_err(|_| "must begin with a whole number".to_string())?;
-    number.checked_mul(unit).filter(|n| *n > 0).ok_or_else(|| "must be above 0 and fit 64 bits".into())
+    match bytes::parse(text)? {
+        0 => Err("must be above 0".into()),
+        size => Ok(size),
+    }
 }

@@ -3,7 +3,6 @@
 use std::process::ExitCode;
 
 use serde_json::json;
-use xllama::runtime::device;
 
 use super::model_args::DeviceArg;
 use super::progress::mebibytes;
@@ -20,7 +19,7 @@ pub struct Args {
 impl Args {
     pub fn run(self, context: &Context) -> anyhow::Result<ExitCode> {
         let path = self.device.plugin_path(context)?;
-        let (plugin, client) = device::open(&path, 1)?;
+        let (plugin, client) = self.device.client(&path, 1)?;
         let mut devices = Vec::new();
         for d in client.addressable_devices() {
             let memory = d.memory_stats()?;

@@ -7,10 +7,11 @@ use std::process::ExitCode;
 use clap::ValueEnum;
 use serde_json::json;
 use xla::DType;
-use xla::pjrt::OptionOverride;
+use xla::graph::Platform;
+use xla::pjrt::{Client, CompileOptions, OptionOverride};
 use xllama::Error;
 use xllama::generation::sampling::SamplerSpec;
-use xllama::runtime::{Output, StepSpec, build, cache_len, compile_options, device};
+use xllama::runtime::{Blueprint, Output, StepSpec, build, cache_len, read_len};
 
 use super::Context;
 use super::generate::context_len;
@@ -69,17 +70,32 @@ impl Args {
         let asked = self.max_seq.unwrap_or(2048.min(cfg.context_len()));
         let len = cache_len(context_len(&checkpoint, tokens, asked, Some(asked))?);
         let dtype = self.model.dtype.unwrap_or(DType::F32);
-        let cache = self.model.cache.options().shape(self.batch.into(), len, dtype);
+        let mesh = &self.model.mesh;
+        let plugin = match self.format {
+            Format::Stablehlo => None,
+            Format::Hlo => {
+                Some(self.model.device.client(&self.model.device.plugin_path(context)?, mesh.mesh.devices())?)
+            }
+        };
+        let platform = match (&plugin, &self.model.device.device) {
+            (Some((_, client)), _) => Platform::named(client.platform_name()),
+            (None, Some(name)) if !name.contains(['/', '.']) => Platform::named(name),
+            _ => Platform::Cpu,
+        };
+        let model = Blueprint::new(cfg, checkpoint.params(), dtype, mesh.mesh, platform)?;
+        let model = model.with_partitioner(mesh.emission());
+        let cache = self.model.cache.options().shape(mesh.mesh.batch(self.batch.into()), len, dtype, platform);
+        mesh.mesh.check_cache(&cache)?;
         let spec = StepSpec {
             tokens,
-            read_len: if tokens == 1 { cache.len } else { tokens },
+            read_len: read_len(&cache, cfg, tokens, if tokens == 1 { cache.len } else { tokens }),
             cache,
             output: Output::Token(SamplerSpec::default()),
         };
-        let text = build(&spec, checkpoint.params(), dtype, cfg)?.stablehlo();
-        let text = match self.format {
-            Format::Stablehlo => text,
-            Format::Hlo => optimized(&self.model.device.plugin_path(context)?, &text)?,
+        let text = model.stablehlo(&build(&spec, &model)?);
+        let text = match &plugin {
+            None => text,
+            Some((plugin, client)) => optimized(plugin.path(), client, &text, model.compile_options())?,
         };
         match &self.out {
             None => std::io::stdout().write_all(text.as_bytes())?,
@@ -94,10 +110,8 @@ impl Args {
 }
 
 /// The plugin's optimized HLO as text: PJRT hands it out as a protocol buffer only, so the compiler is asked to dump it.
-fn optimized(plugin: &Path, text: &str) -> anyhow::Result<String> {
-    let (_, client) = device::open(plugin, 1)?;
+fn optimized(plugin: &Path, client: &Client, text: &str, mut options: CompileOptions) -> anyhow::Result<String> {
     let folder = tempfile::tempdir()?;
-    let mut options = compile_options(&client);
     let dump = folder.path().display().to_string();
     options.env_options.insert("xla_dump_to".into(), OptionOverride::Str(dump));
     options.env_options.insert("xla_dump_hlo_as_text".into(), OptionOverride::Bool(true));

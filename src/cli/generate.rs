@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::io::{IsTerminal, Read, Write};
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -10,6 +11,8 @@ use clap::builder::NonEmptyStringValueParser;
 use converter::Checkpoint;
 use serde_json::{Value, json};
 use xllama::Error;
+use xllama::compile::ExecutableFile;
+use xllama::generation::sampling::SamplerSpec;
 use xllama::generation::{
     Beam, BeamOptions, FinishReason, GenerateOptions, Generation, beam_search, contrastive_search, generate, samples,
 };
@@ -41,6 +44,9 @@ pub struct Args {
     /// Positions of the context [default: what prompt and --max-tokens need, up to the model's own].
     #[arg(long, value_name = "N")]
     max_seq: Option<usize>,
+    /// Run this program from `xllama compile -o` instead of compiling it here; may be given for prefill and decode.
+    #[arg(long, value_name = "F")]
+    executable: Vec<PathBuf>,
     /// End the text at this string, which is not printed; may be given several times.
     #[arg(long, value_name = "TEXT", value_parser = NonEmptyStringValueParser::new())]
     stop: Vec<String>,
@@ -79,6 +85,7 @@ impl Args {
         }
         self.sampling.options(None).validate(usize::MAX)?;
         let method = self.search.method(&self.sampling, &self.stop)?;
+        let programs = self.executable.iter().map(|path| ExecutableFile::open(path)).collect::<Result<Vec<_>, _>>()?;
         let plugin = self.model.device.plugin_path(context)?;
         let checkpoint = self.model.model.open(context)?;
         let cfg = checkpoint.config().clone();
@@ -88,10 +95,23 @@ impl Args {
 
         let tokenizer = Tokenizer::of_checkpoint(&checkpoint)?;
         let ids = prompt_ids(&checkpoint, &tokenizer, &prompt, self.chat, &self.template)?;
-        let len = context_len(&checkpoint, ids.len(), self.max_tokens, self.max_seq)?;
+        // A program is for a cache of one length.
+        let max_seq = match programs.first() {
+            Some(program) => Some(program.max_seq()?),
+            None => self.max_seq,
+        };
+        let len = context_len(&checkpoint, ids.len(), self.max_tokens, max_seq)?;
+        if !programs.is_empty() && sampling.spec() != SamplerSpec::default() {
+            let what = "holds a step that takes the likeliest token; add --temperature 0 and no penalties".into();
+            return Err(Error::Option { name: "executable".into(), what }.into());
+        }
 
         let loaded = self.model.load_checkpoint(context, plugin, checkpoint)?;
-        let mut session = Session::new(&loaded.engine, method.slots(), len)?;
+        for program in &programs {
+            program.adopt(&loaded.engine)?;
+        }
+        let room = max_seq.filter(|_| !programs.is_empty()).unwrap_or(len);
+        let mut session = Session::new(&loaded.engine, method.slots(), room)?;
         let drawn = matches!(method, Method::Draw | Method::Samples(_));
         if self.max_tokens > 0 && drawn {
             compile(context, &loaded.engine, &session, ids.len(), sampling.spec())?;

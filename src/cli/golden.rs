@@ -9,7 +9,7 @@ use clap::Subcommand;
 use serde_json::json;
 use xllama::golden::{Case, Manifest, Row, check};
 
-use super::model_args::{CacheArgs, DeviceArg, ModelArg, ModelArgs};
+use super::model_args::{CacheArgs, DeviceArg, MeshArgs, ModelArg, ModelArgs};
 use super::{Context, table};
 
 /// Hold the model to what PyTorch computed.
@@ -37,6 +37,8 @@ enum Action {
         #[command(flatten)]
         device: DeviceArg,
         #[command(flatten)]
+        mesh: MeshArgs,
+        #[command(flatten)]
         cache: CacheArgs,
     },
 }
@@ -46,7 +48,7 @@ const WORKERS: usize = 4;
 
 impl Args {
     pub fn run(self, context: &Context) -> anyhow::Result<ExitCode> {
-        let Action::Check { dir, model, case: wanted, device, cache } = self.action;
+        let Action::Check { dir, model, case: wanted, device, mesh, cache } = self.action;
         let manifest = Manifest::open(&dir)?;
         let plugin = device.plugin_path(context)?;
         let cases: Vec<&Case> =
@@ -54,16 +56,17 @@ impl Args {
         let run = |case: &Case| {
             context.reporter.say(&format!("checking {}", case.name));
             let model = ModelArg { model: case.model(&dir, model.as_deref()) };
-            let load = |checkpoint: &converter::Checkpoint, dtype| {
+            let load = |checkpoint: &converter::Checkpoint, dtype, shape| {
                 let args = ModelArgs {
                     model: model.clone(),
                     device: device.clone(),
                     dtype: Some(dtype),
+                    mesh: MeshArgs { mesh: shape, ..mesh.clone() },
                     cache: cache.clone(),
                 };
                 args.engine(context, &plugin, checkpoint)
             };
-            let checked = model.open(context).and_then(|c| Ok(check(case, &dir, &manifest, &c, &load)?));
+            let checked = model.open(context).and_then(|c| Ok(check(case, &dir, &manifest, &c, mesh.mesh, &load)?));
             checked.unwrap_or_else(|why| vec![Row::failed(case, &why)])
         };
         // Most of the time goes into compiling, which uses one core.
@@ -90,13 +93,19 @@ impl Args {
             );
         }
         context.reporter.clear();
+        let refused = rows.iter().filter(|r| r.refused).count();
+        if refused == rows.len() {
+            anyhow::bail!("{}: {}", dir.display(), rows[0].note.as_deref().unwrap_or_default());
+        }
         let failed = rows.iter().filter(|r| !r.pass).count();
-        context.print(&json!({ "rows": rows, "failed": failed, "ok": failed == 0 }), || print(&rows, failed));
+        context.print(&json!({ "rows": rows, "failed": failed, "refused": refused, "ok": failed == 0 }), || {
+            print(&rows, failed, refused)
+        });
         Ok(ExitCode::from(u8::from(failed > 0)))
     }
 }
 
-fn print(rows: &[Row], failed: usize) {
+fn print(rows: &[Row], failed: usize, refused: usize) {
     let figure = |x: Option<f64>| x.map_or("-".into(), |x| format!("{x:.1e}"));
     let cells: Vec<Vec<String>> = rows
         .iter()
@@ -108,7 +117,12 @@ fn print(rows: &[Row], failed: usize) {
                 figure(r.max_kl),
                 r.top1.map_or("-".into(), |x| format!("{:.1} %", 100.0 * x)),
                 r.tolerance.clone(),
-                if r.pass { "ok" } else { "FAILED" }.into(),
+                match (r.refused, r.pass) {
+                    (true, _) => "not divided",
+                    (_, true) => "ok",
+                    (_, false) => "FAILED",
+                }
+                .into(),
             ]
         })
         .collect();
@@ -116,5 +130,6 @@ fn print(rows: &[Row], failed: usize) {
     for row in rows.iter().filter(|r| r.note.is_some()) {
         println!("{} {}: {}", row.case, row.check, row.note.as_deref().unwrap_or_default());
     }
-    println!("{} comparisons, {failed} failed", rows.len());
+    let divided = if refused > 0 { format!(", {refused} cases not divided by the mesh") } else { String::new() };
+    println!("{} comparisons, {failed} failed{divided}", rows.len() - refused);
 }

@@ -1,9 +1,12 @@
 //! The command line: one file per command, each with its options, its help and what it prints.
 
 mod bench;
+mod cache;
 mod chat;
+mod compile;
 mod convert;
 mod devices;
+mod distributed_args;
 mod emit;
 mod generate;
 mod golden;
@@ -56,8 +59,10 @@ enum Command {
     Perplexity(perplexity::Args),
     Golden(golden::Args),
     Emit(emit::Args),
+    Compile(Box<compile::Args>),
     Plugin(plugin::Args),
     Devices(devices::Args),
+    Cache(cache::Args),
     Bench(bench::Args),
     Inspect(inspect::Args),
     Completions(manual::CompletionsArgs),
@@ -113,8 +118,10 @@ pub fn main(started: Instant) -> ExitCode {
         Command::Perplexity(args) => args.run(&context),
         Command::Golden(args) => args.run(&context),
         Command::Emit(args) => args.run(&context),
+        Command::Compile(args) => args.run(&context),
         Command::Plugin(args) => args.run(&context),
         Command::Devices(args) => args.run(&context),
+        Command::Cache(args) => args.run(&context),
         Command::Bench(args) => args.run(&context),
         Command::Inspect(args) => args.run(&context),
         Command::Completions(args) => args.run(),
@@ -143,6 +150,7 @@ fn fail(e: &anyhow::Error) -> ExitCode {
     eprintln!("error: {}", line.replace('\n', " "));
     match e.downcast_ref::<Error>() {
         Some(Error::Option { .. }) => ExitCode::from(2),
+        Some(Error::Distributed(e)) if e.is_usage() => ExitCode::from(2),
         _ => ExitCode::from(1),
     }
 }

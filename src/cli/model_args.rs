@@ -5,13 +5,18 @@ use std::time::{Duration, Instant};
 
 use converter::Checkpoint;
 use xla::DType;
+use xla::graph::Emission;
+use xla::pjrt::{Client, Plugin};
 use xla::wheel::{self, FetchOptions, Stage};
 use xllama::Error;
+use xllama::config::ModelConfig;
 use xllama::models::{self, DEFAULT_MODEL};
-use xllama::runtime::{CacheOptions, Engine, device};
+use xllama::runtime::{CacheOptions, Engine, LoadOptions, device};
+use xllama::sharding::MeshShape;
 use xllama::text::Tokenizer;
 
 use super::Context;
+use super::distributed_args::{self, DistributedArgs};
 
 /// `--model`.
 #[derive(clap::Args, Clone)]
@@ -27,9 +32,11 @@ pub struct DeviceArg {
     /// cpu, cuda, tpu, or the path of a PJRT plugin [default: an accelerator that is there, else cpu].
     #[arg(long, value_name = "D", env = "XLLAMA_DEVICE")]
     pub device: Option<String>,
+    #[command(flatten)]
+    pub together: DistributedArgs,
 }
 
-/// `--model`, `--device` and `--dtype`.
+/// `--model`, `--device`, `--dtype`, `--mesh`, and how the cache is kept.
 #[derive(clap::Args, Clone)]
 pub struct ModelArgs {
     #[command(flatten)]
@@ -40,7 +47,49 @@ pub struct ModelArgs {
     #[arg(long, value_name = "DTYPE", value_parser = parse_dtype)]
     pub dtype: Option<DType>,
     #[command(flatten)]
+    pub mesh: MeshArgs,
+    #[command(flatten)]
     pub cache: CacheArgs,
+}
+
+/// `--mesh` and `--partitioner`.
+#[derive(clap::Args, Clone)]
+pub struct MeshArgs {
+    /// Split the model over devices: sizes of the axes data, fsdp, expert, sequence and model, as in model=4,data=2.
+    #[arg(
+        long,
+        help_heading = "Devices",
+        value_name = "AXIS=N,…",
+        default_value = "model=1",
+        hide_default_value = true
+    )]
+    pub mesh: MeshShape,
+    /// Which of XLA's partitioners splits the programs; gspmd is for plugins without shardy.
+    #[arg(long, help_heading = "Devices", value_enum, default_value_t = Partitioner::Shardy)]
+    pub partitioner: Partitioner,
+}
+
+/// A partitioner of XLA.
+#[derive(Clone, Copy, Debug, PartialEq, clap::ValueEnum)]
+pub enum Partitioner {
+    Shardy,
+    Gspmd,
+}
+
+impl MeshArgs {
+    /// As graphs take it.
+    pub fn emission(&self) -> Emission {
+        self.partitioner.into()
+    }
+}
+
+impl From<Partitioner> for Emission {
+    fn from(partitioner: Partitioner) -> Emission {
+        match partitioner {
+            Partitioner::Shardy => Emission::Shardy,
+            Partitioner::Gspmd => Emission::Gspmd,
+        }
+    }
 }
 
 /// `--cache-dtype` and `--cache-page`.
@@ -135,6 +184,20 @@ impl DeviceArg {
     }
 }
 
+impl DeviceArg {
+    /// A client of `devices` devices, those of other processes included; of several processes, the first alone prints from
+    /// here on.
+    pub fn client(&self, plugin: &Path, devices: usize) -> Result<(Plugin, Client), Error> {
+        let process = self.together.process()?;
+        let store = self.together.store(process)?;
+        let (plugin, client, process) = device::open_together(plugin, devices, process, store)?;
+        if !process.is_leader() {
+            distributed_args::be_silent()?;
+        }
+        Ok((plugin, client))
+    }
+}
+
 impl ModelArgs {
     /// Opens the plugin and puts the parameters on its first device.
     pub fn load(&self, context: &Context) -> anyhow::Result<Loaded> {
@@ -157,20 +220,22 @@ impl ModelArgs {
 
     /// A new client with the checkpoint's parameters on its first device.
     pub fn engine(&self, context: &Context, plugin: &Path, checkpoint: &Checkpoint) -> Result<Engine, Error> {
-        let (plugin, client) = device::open(plugin, 1)?;
-        let dtype = self.dtype.unwrap_or_else(|| default_dtype(client.platform_name(), checkpoint));
+        self.mesh.mesh.check(checkpoint.config())?;
+        let (plugin, client) = self.device.client(plugin, self.mesh.mesh.devices())?;
+        let dtype = self.dtype.unwrap_or_else(|| default_dtype(client.platform_name(), checkpoint.config()));
         let cache = wheel::cache_dir().ok().map(|c| c.join("executables"));
+        let options =
+            LoadOptions { dtype, mesh: self.mesh.mesh, partitioner: self.mesh.emission(), cache, forms: None };
         let progress = |done, total| context.reporter.bytes("loading parameters", done, total);
-        let engine =
-            Engine::load(plugin, client, checkpoint, dtype, cache, &progress)?.with_cache(self.cache.options());
+        let engine = Engine::load(plugin, client, checkpoint, options, &progress)?.with_cache(self.cache.options());
         context.reporter.clear();
         Ok(engine)
     }
 }
 
 /// f32 on a CPU, where a plain one-row product is slow in anything else; the checkpoint's own type on accelerators.
-fn default_dtype(platform: &str, checkpoint: &Checkpoint) -> DType {
-    match checkpoint.config().dtype {
+pub fn default_dtype(platform: &str, cfg: &ModelConfig) -> DType {
+    match cfg.dtype {
         _ if platform.eq_ignore_ascii_case("cpu") => DType::F32,
         Some(converter::DType::F32) => DType::F32,
         Some(converter::DType::F16) => DType::F16,

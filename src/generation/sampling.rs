@@ -5,7 +5,7 @@
 //! in, as they do in `transformers`' top-k.
 
 use xla::DType;
-use xla::graph::{Algorithm, Graph, Tensor};
+use xla::graph::{Algorithm, ArgAttrs, Graph, Tensor};
 
 use super::options::Settings;
 
@@ -45,12 +45,16 @@ impl SamplerArgs {
     /// Declares the arguments that `spec` needs, in the order of the fields.
     pub fn declare(g: &Graph, spec: SamplerSpec, batch: usize, vocab: usize) -> SamplerArgs {
         let arg = |wanted: bool, name: &str, dtype, shape: &[usize]| wanted.then(|| g.arg(name, dtype, shape));
+        let of_vocab = |wanted: bool, name: &str, dtype| {
+            let attrs = ArgAttrs { sharding: Some(&["batch", "vocab"]) };
+            wanted.then(|| g.arg_with(name, dtype, &[batch, vocab], attrs))
+        };
         SamplerArgs {
             settings: arg(spec.random || spec.penalties, "sampler/settings", DType::F32, &[batch, Settings::LEN]),
             seed: arg(spec.random, "sampler/seed", DType::U64, &[batch]),
-            prompt_counts: arg(spec.penalties, "sampler/prompt_counts", DType::I32, &[batch, vocab]),
-            output_counts: arg(spec.penalties, "sampler/output_counts", DType::I32, &[batch, vocab]),
-            bias: arg(spec.bias, "sampler/bias", DType::F32, &[batch, vocab]),
+            prompt_counts: of_vocab(spec.penalties, "sampler/prompt_counts", DType::I32),
+            output_counts: of_vocab(spec.penalties, "sampler/output_counts", DType::I32),
+            bias: of_vocab(spec.bias, "sampler/bias", DType::F32),
             typical: spec.typical,
         }
     }
@@ -73,7 +77,7 @@ pub fn sample(logits: &Tensor, position: &Tensor, args: &SamplerArgs) -> Tensor 
     }
     match &args.seed {
         Some(seed) => draw(&logits, seed, position, args).named("token"),
-        None => logits.argmax(1).named("token"),
+        None => argmax(&logits).named("token"),
     }
 }
 
@@ -115,12 +119,66 @@ fn draw(logits: &Tensor, seed: &Tensor, position: &Tensor, args: &SamplerArgs) -
         prob = kept.select(&prob, 0.0);
     }
 
-    let cumulative = prob.cumsum(1);
-    let total = cumulative.narrow(1, shape[1] - 1, 1);
+    let (cumulative, total) = cumulative(&prob);
     let target = (total * uniform(seed, position)).broadcast_to(&shape);
     // The first id whose cumulative mass passes the target, of those kept: sums in another order may pass it earlier.
     let passed = &kept & cumulative.gt(&target);
-    (kept.cast(DType::F32) + passed.cast(DType::F32)).argmax(1)
+    argmax(&(kept.cast(DType::F32) + passed.cast(DType::F32)))
+}
+
+/// (B, V) as (B, P, V/P), where P devices share the vocabulary: what is done along the last axis stays on a device.
+#[track_caller]
+fn by_device(x: &Tensor) -> Tensor {
+    let (b, v, p) = (x.dim(0), x.dim(1), x.graph().devices_along("model"));
+    x.reshape(&[b, p, v / p]).shard(["batch", "vocab", ""])
+}
+
+/// The id of the largest value of each row, the lowest among equals: (B, V) → (B) i32. Devices exchange their best only.
+#[track_caller]
+fn argmax(x: &Tensor) -> Tensor {
+    match by_device(x) {
+        parts if parts.dim(1) == 1 => x.argmax(1),
+        _ => best_of_devices(x),
+    }
+}
+
+/// [`argmax`] where devices share the vocabulary. They exchange pairs of value and id, as integers, in one collective.
+#[track_caller]
+fn best_of_devices(x: &Tensor) -> Tensor {
+    let g = x.graph();
+    let results = g.manual_computation(&[(x, &["batch", "vocab"])], &[&["batch"]], |args| {
+        let x = &args[0];
+        if g.piece_axes("vocab").is_empty() {
+            return vec![x.argmax(1)];
+        }
+        let (b, own) = (x.dim(0), x.dim(1));
+        let first = g.coordinate("model") * own as i64;
+        let id = x.argmax(1) + first.broadcast(&[b], &[]);
+        let pair = [x.max(&[1]).bitcast(DType::I32), id].map(|part| part.reshape(&[b, 1, 1]));
+        let all = g.concatenate(&pair.each_ref(), 2).all_gather(1, &["model"]);
+        let [value, id] = [0, 1].map(|part| all.narrow(2, part, 1).reshape(&[b, all.dim(1)]));
+        let device = value.bitcast(DType::F32).argmax(1);
+        let here = device.broadcast(id.shape(), &[0]).eq(&g.iota(DType::I32, id.shape(), 1));
+        vec![here.select(&id, 0i64).sum(&[1])]
+    });
+    results.into_iter().next().unwrap_or_else(|| x.argmax(1))
+}
+
+/// Sums of the values up to each, (B, V), and of all, (B, 1). Devices exchange their totals only.
+#[track_caller]
+fn cumulative(x: &Tensor) -> (Tensor, Tensor) {
+    let parts = by_device(x);
+    let (p, own) = (parts.dim(1), parts.dim(2));
+    let within = parts.cumsum(2);
+    if p == 1 {
+        let all = within.reshape(x.shape());
+        let total = all.narrow(1, own - 1, 1);
+        return (all, total);
+    }
+    let totals = within.narrow(2, own - 1, 1).reshape(&[x.dim(0), p]).shard(["batch", ""]);
+    let through = totals.cumsum(1);
+    let before = (&through - &totals).broadcast(parts.shape(), &[0, 1]);
+    ((within + before).reshape(x.shape()).shard(["batch", "vocab"]), through.narrow(1, p - 1, 1))
 }
 
 /// The locally typical ids (Meister et al. 2023): those whose surprise −ln q is nearest to the entropy H of q, until their
@@ -197,14 +255,38 @@ pub fn log_softmax(logits: &Tensor) -> Tensor {
     &shifted - total.broadcast_to(logits.shape())
 }
 
-/// The `count` largest of each row of (B, V), falling, the lowest id first among equals: ids and values, (B, n) each.
+/// The `count` largest of each row of (B, V), falling, the lowest id first among equals: ids and values, (B, n) each. Where
+/// devices share the vocabulary, each finds its own best, and the best of those are taken.
 #[track_caller]
 pub fn best(values: &Tensor, count: usize) -> (Tensor, Tensor) {
+    let parts = by_device(values);
+    let (b, p, own) = (parts.dim(0), parts.dim(1), parts.dim(2));
+    if p == 1 || count == 0 {
+        return largest(values, count);
+    }
+    let count_here = count.min(own);
+    let axes: &[&str] = &["batch", "vocab", ""];
+    let found = parts.graph().manual_computation(&[(&parts, axes)], &[axes, axes], |parts| {
+        let (ids, values) = largest(&parts[0], count_here);
+        vec![ids, values]
+    });
+    let [ids, values] = &found[..] else { return largest(values, count) };
+    let ids = ids + values.graph().iota(DType::I32, ids.shape(), 1) * own as i64;
+    let (ids, values) = (ids.reshape(&[b, p * count_here]), values.reshape(&[b, p * count_here]));
+    let (ids, values) = (ids.shard(["batch", ""]), values.shard(["batch", ""]));
+    let (at, values) = largest(&values, count);
+    (ids.take_along(&at, 1), values)
+}
+
+/// The `count` largest along the last axis, falling, the first among equals: where they stand, and the values.
+#[track_caller]
+fn largest(values: &Tensor, count: usize) -> (Tensor, Tensor) {
     /// So many passes over V cost less than sorting it.
     const PASSES: usize = 32;
     let (values, ids) = match count {
         0 => {
-            let shape = [values.dim(0), 0];
+            let mut shape = values.shape().to_vec();
+            shape.splice(shape.len() - 1.., [0]);
             (values.graph().full(0.0, DType::F32, &shape), values.graph().full(0i64, DType::I32, &shape))
         }
         1..=PASSES => values.largest(count),

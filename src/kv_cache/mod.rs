@@ -2,13 +2,14 @@
 //!
 //! | layout | arrays | for |
 //! |---|---|---|
-//! | static | (B, G, T, K) | layers that see everything |
-//! | ring | (B, G, W + 32, K) | layers that see a window of W positions: position p lies at p mod (W + 32) |
+//! | static | (B, G, T, K); on a TPU (B, T, G, K) | layers that see everything |
+//! | ring | the same with T = W + 32 | layers that see a window of W positions: position p lies at p mod (W + 32) |
 //! | paged | (P, page, G, K) | layers that see everything, where slots share a pool of P pages through a table |
 //!
-//! Heads before positions where the layout has them so: each head's keys are a matrix as it lies, so that XLA:CPU multiplies
-//! with it in place. With (B, T, G, K) it first transposes the whole cache, at every layer of every step. An int8 cache has a
-//! scale for each position and head beside it, the last axis of length 1.
+//! Heads come before positions so that each head's keys are a matrix as it lies and XLA:CPU multiplies with it in place: of
+//! (B, T, G, K) it first transposes the whole cache, at every layer of every step. On a TPU the transpose costs nothing, and
+//! only with positions first is the write of one position per slot a single scatter in place. An int8 cache has a scale for
+//! each position and head beside it, the last axis of length 1.
 //!
 //! [`Slots`] is the host's half: which slot holds which tokens, and which pages.
 
@@ -19,7 +20,7 @@ pub use slots::{PageCopy, Slots};
 pub use step::{Order, Past, Place};
 
 use xla::DType;
-use xla::graph::{ArgAttrs, Graph, Tensor};
+use xla::graph::{ArgAttrs, Graph, Platform, Tensor};
 
 use crate::config::{LayerConfig, ModelConfig};
 
@@ -48,6 +49,8 @@ pub struct CacheShape {
     pub dtype: DType,
     /// A pool of pages instead of an array per slot.
     pub pages: Option<Pages>,
+    /// What it lies on.
+    pub platform: Platform,
 }
 
 /// A pool of pages that all slots share.
@@ -91,8 +94,8 @@ impl CacheShape {
     pub fn arrays(&self, cfg: &ModelConfig, layer: &LayerConfig) -> Vec<(&'static str, DType, [usize; 4])> {
         let (g, k) = (cfg.n_kv_heads, cfg.head_dim);
         let dims = |width: usize| match self.layout(layer) {
-            Layout::Static => [self.batch, g, self.len, width],
-            Layout::Ring { window } => [self.batch, g, window + SLACK, width],
+            Layout::Static => self.slot_array(g, self.len, width),
+            Layout::Ring { window } => self.slot_array(g, window + SLACK, width),
             Layout::Paged(pages) => [pages.count, pages.size, g, width],
         };
         let mut arrays = vec![("k", self.dtype, dims(k)), ("v", self.dtype, dims(k))];
@@ -102,15 +105,34 @@ impl CacheShape {
         arrays
     }
 
+    fn slot_array(&self, g: usize, t: usize, width: usize) -> [usize; 4] {
+        match position_axis(self.platform) {
+            1 => [self.batch, t, g, width],
+            _ => [self.batch, g, t, width],
+        }
+    }
+
     /// N, pages that one slot can have; 0 without a pool.
     pub fn table_len(&self) -> usize {
         self.pages.map_or(0, |pages| self.len / pages.size)
     }
 }
 
-/// The logical axes of an array (B, G, T, K), and of (P, page, G, K).
-const AXES: [&str; 4] = ["batch", "kv_heads", "sequence", "head_dim"];
-const PAGED_AXES: [&str; 4] = ["pages", "sequence", "kv_heads", "head_dim"];
+/// Where positions stand in the arrays of slots: 2 of (B, G, T, K), or 1 of (B, T, G, K).
+fn position_axis(platform: Platform) -> isize {
+    if platform == Platform::Tpu { 1 } else { 2 }
+}
+
+impl Layout {
+    /// The logical axes of its arrays.
+    pub fn axes(&self, platform: Platform) -> &'static [&'static str] {
+        match self {
+            Layout::Paged(_) => &["pages", "positions", "kv_heads", "head_dim"],
+            _ if position_axis(platform) == 1 => &["batch", "positions", "kv_heads", "head_dim"],
+            _ => &["batch", "kv_heads", "positions", "head_dim"],
+        }
+    }
+}
 
 impl<T> KvCache<T> {
     /// The arrays in argument order: layer by layer.
@@ -123,9 +145,9 @@ impl KvCache<Tensor> {
     /// Declares the cache as arguments of the graph, in the order of [`KvCache::iter`].
     pub fn declare(g: &Graph, shape: CacheShape, cfg: &ModelConfig) -> KvCache<Tensor> {
         let layer = |(i, layer): (usize, &LayerConfig)| {
-            let axes = if matches!(shape.layout(layer), Layout::Paged(_)) { PAGED_AXES } else { AXES };
+            let axes = shape.layout(layer).axes(shape.platform);
             let arg = |(part, dtype, dims): (&str, DType, [usize; 4])| {
-                g.arg_with(&format!("cache/{i}/{part}"), dtype, &dims, ArgAttrs { sharding: Some(&axes) })
+                g.arg_with(&format!("cache/{i}/{part}"), dtype, &dims, ArgAttrs { sharding: Some(axes) })
             };
             LayerCache { arrays: shape.arrays(cfg, layer).into_iter().map(arg).collect() }
         };

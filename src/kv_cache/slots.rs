@@ -237,7 +237,7 @@ mod tests {
     use super::*;
 
     fn slots(pages: Option<Pages>, windows: &[usize]) -> Slots {
-        Slots::new(&CacheShape { batch: 3, len: 256, dtype: DType::F32, pages }, windows)
+        Slots::new(&CacheShape { batch: 3, len: 256, dtype: DType::F32, pages, platform: Default::default() }, windows)
     }
 
     #[test]

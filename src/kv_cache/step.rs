@@ -3,7 +3,7 @@
 use xla::DType;
 use xla::graph::Tensor;
 
-use super::{LayerCache, Layout, Pages, SLACK};
+use super::{LayerCache, Layout, Pages, SLACK, position_axis};
 
 /// Where the S new tokens of each slot stand, the same for all layers.
 #[derive(Clone, Debug)]
@@ -75,6 +75,7 @@ impl LayerCache<Tensor> {
         };
         let (b, s) = (k.dim(0), k.dim(1));
         let g = k.graph();
+        let axis = position_axis(g.platform());
         let zip = || self.arrays.iter().zip(&new);
         let from_the_first = || {
             let order = if place.read_len == s { Order::Prefix } else { Order::Absolute };
@@ -82,8 +83,9 @@ impl LayerCache<Tensor> {
         };
         let (arrays, read, positions, order): (_, Vec<Tensor>, _, _) = match layout {
             Layout::Static => {
-                let arrays = barrier(zip().map(|(array, new)| write_at(array, &heads_first(new), &place.first)));
-                let read = arrays.iter().map(|array| array.narrow(2, 0, place.read_len)).collect();
+                let arrays = barrier(zip().map(|(array, new)| write_at(array, new, &place.first)));
+                let read =
+                    arrays.iter().map(|array| heads_first(&array.narrow(axis, 0, place.read_len), axis)).collect();
                 let (positions, order) = from_the_first();
                 (arrays, read, positions, order)
             }
@@ -98,8 +100,8 @@ impl LayerCache<Tensor> {
             Layout::Ring { window } if s == 1 => {
                 let ring = window + SLACK;
                 let slot = &place.first % ring as i64;
-                let arrays = barrier(zip().map(|(array, new)| write_at(array, &heads_first(new), &slot)));
-                let read = arrays.clone();
+                let arrays = barrier(zip().map(|(array, new)| write_at(array, new, &slot)));
+                let read = arrays.iter().map(|array| heads_first(array, axis)).collect();
                 (arrays, read, held(&place.first, ring), Order::Windowed { window })
             }
             Layout::Ring { window } => {
@@ -109,16 +111,17 @@ impl LayerCache<Tensor> {
                 let first = |len: usize| place.first.broadcast(&[b, len], &[0]);
                 let oldest_first = (first(ring) + iota(ring)) % ring as i64;
                 let joined = |(array, new): (&Tensor, &Tensor)| {
-                    g.concatenate(&[&take_positions(array, &oldest_first), &heads_first(new)], 2)
+                    g.concatenate(&[&take_positions(array, &oldest_first), &as_kept(new)], axis)
                 };
-                let read: Vec<Tensor> = zip().map(joined).collect();
+                let all: Vec<Tensor> = zip().map(joined).collect();
                 let last = match &place.valid {
                     Some(valid) => &place.first + valid - 1i64,
                     None => &place.first + (s as i64 - 1),
                 };
-                // Where in `read` the positions stand that the ring holds afterwards.
+                // Where in `all` the positions stand that the ring holds afterwards.
                 let kept = held(&last, ring) - first(ring) + ring as i64;
-                let arrays = read.iter().map(|read| take_positions(read, &kept)).collect();
+                let arrays = all.iter().map(|all| take_positions(all, &kept)).collect();
+                let read = all.iter().map(|all| heads_first(all, axis)).collect();
                 let len = ring + s;
                 (arrays, read, first(len) + iota(len) - ring as i64, Order::Trailing { window, before: ring })
             }
@@ -131,10 +134,16 @@ impl LayerCache<Tensor> {
     }
 }
 
-/// (B, S, G, X) → (B, G, S, X).
+/// An array whose positions are axis 1 or 2 as (B, G, T, X).
 #[track_caller]
-fn heads_first(new: &Tensor) -> Tensor {
-    new.transpose(&[0, 2, 1, 3])
+fn heads_first(array: &Tensor, axis: isize) -> Tensor {
+    if axis == 1 { array.transpose(&[0, 2, 1, 3]) } else { array.clone() }
+}
+
+/// New values (B, S, G, X) in the order of the arrays.
+#[track_caller]
+fn as_kept(new: &Tensor) -> Tensor {
+    if position_axis(new.graph().platform()) == 1 { new.clone() } else { new.transpose(&[0, 2, 1, 3]) }
 }
 
 /// Without it XLA:CPU fuses the write into its readers, once each, and copies the cache for every one.
@@ -153,18 +162,30 @@ fn quantize(x: &Tensor) -> [Tensor; 2] {
     [(x / divisor).round().clamp(-127.0, 127.0).cast(DType::I8), scale]
 }
 
-/// Writes (B, G, S, X) at positions `first` (B) of an array (B, G, T, X).
+/// Writes (B, S, G, X) at positions `first` (B) of an array of slots.
 #[track_caller]
 fn write_at(array: &Tensor, new: &Tensor, first: &Tensor) -> Tensor {
-    let [b, g, t, x] = [0, 1, 2, 3].map(|axis| array.dim(axis));
+    let g = array.graph();
+    let axis = position_axis(g.platform());
+    let (b, s) = (new.dim(0), new.dim(1));
     if b == 1 {
-        let zero = array.graph().scalar(0i64, DType::I32);
-        array.dynamic_update_slice(new, &[&zero, &zero, &first.reshape(&[]), &zero])
-    } else {
+        let zero = g.scalar(0i64, DType::I32);
+        let mut at = [&zero; 4];
+        let first = first.reshape(&[]);
+        at[axis as usize] = &first;
+        array.dynamic_update_slice(&as_kept(new), &at)
+    } else if axis == 2 {
         // A scatter has one window per row: each head of each slot is a row of its own.
-        let rows = first.broadcast(&[b, g], &[0]).reshape(&[b * g]);
-        let new = new.reshape(&[b * g, new.dim(2), x]);
-        array.reshape(&[b * g, t, x]).update_positions(&new, &rows).reshape(&[b, g, t, x])
+        let [heads, t, x] = [1, 2, 3].map(|axis| array.dim(axis));
+        let rows = first.broadcast(&[b, heads], &[0]).reshape(&[b * heads]);
+        let new = as_kept(new).reshape(&[b * heads, s, x]);
+        array.reshape(&[b * heads, t, x]).update_positions(&new, &rows).reshape(array.shape())
+    } else if s == 1 {
+        let slots = g.iota(DType::I32, &[b, 1], 0);
+        let places = g.concatenate(&[&slots, &first.reshape(&[b, 1])], 1);
+        array.scatter(&places, &new.reshape(&[b, new.dim(2), new.dim(3)]), None, true)
+    } else {
+        array.update_positions(new, first)
     }
 }
 
@@ -180,13 +201,15 @@ fn held(last: &Tensor, window: usize) -> Tensor {
     last - back
 }
 
-/// Positions `at` (B, N) of axis 2: (B, G, T, X) → (B, G, N, X).
+/// Positions `at` (B, N) of an array of slots.
 #[track_caller]
 fn take_positions(array: &Tensor, at: &Tensor) -> Tensor {
-    let [b, g, x] = [0, 1, 3].map(|axis| array.dim(axis));
-    match b {
-        1 => array.take(&at.reshape(&[at.dim(1)]), 2),
-        _ => array.take_along(&at.broadcast(&[b, g, at.dim(1), x], &[0, 2]), 2),
+    let axis = position_axis(array.graph().platform());
+    let mut shape = array.shape().to_vec();
+    shape[axis as usize] = at.dim(1);
+    match shape[0] {
+        1 => array.take(&at.reshape(&[at.dim(1)]), axis),
+        _ => array.take_along(&at.broadcast(&shape, &[0, axis as usize]), axis),
     }
 }
 

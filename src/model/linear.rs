@@ -1,7 +1,7 @@
 //! A projection: weights in their own dtype, accumulation and result in f32.
 
 use xla::DType;
-use xla::graph::{Tensor, einsum_as};
+use xla::graph::{Platform, Tensor, einsum_as};
 
 /// `einsum(equation, x, weight) + bias`. `x` (B, S, …) is cast to the weight's dtype for the product, the product is
 /// accumulated and returned in f32, and the bias (the equation's trailing output axes) is added there. The contracted
@@ -9,14 +9,44 @@ use xla::graph::{Tensor, einsum_as};
 #[track_caller]
 pub fn linear(equation: &str, x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Tensor {
     let x = x.cast(weight.dtype());
+    let x = if equation.starts_with("BSM") { all_rows(&x) } else { x };
     let y = match parts(equation, x.dim(0) * x.dim(1), weight) {
-        1 => einsum_as(equation, &x, weight, DType::F32),
+        1 => in_rows(&x, |x| einsum_as(equation, x, weight, DType::F32)),
         n => in_parts(equation, &x, weight, n),
     };
     match bias {
         Some(bias) => &y + bias.cast(DType::F32).broadcast_to(y.shape()),
         None => y,
     }
+}
+
+/// Rows of the residual stream (B, S, M) for a product: all of those that `model` devices share.
+#[track_caller]
+pub(super) fn all_rows(x: &Tensor) -> Tensor {
+    let g = x.graph();
+    match g.mesh_axes("tokens") == g.mesh_axes("sequence") {
+        true => x.clone(),
+        false => x.shard(["batch", "sequence", "hidden"]),
+    }
+}
+
+/// Rows below which a TPU multiplies with its vector units, ten times slower than with its matrix unit.
+pub(super) const TPU_ROWS: usize = 8;
+
+/// `product` of `x` (B, S, …), by row. On a TPU rows of zeros are put behind where a device has few.
+#[track_caller]
+pub(super) fn in_rows(x: &Tensor, product: impl FnOnce(&Tensor) -> Tensor) -> Tensor {
+    let g = x.graph();
+    let devices = |logical: &str| g.mesh_axes(logical).iter().map(|axis| g.devices_along(axis)).product::<usize>();
+    let (s, slots) = (x.dim(1), x.dim(0) / devices("batch"));
+    let rows = TPU_ROWS.div_ceil(slots) * devices("sequence");
+    if g.platform() != Platform::Tpu || s >= rows {
+        return product(x);
+    }
+    let mut more = vec![0; x.rank()];
+    more[1] = (rows - s) as i64;
+    let none = vec![0; x.rank()];
+    product(&x.pad(0.0, &none, &more, &vec![0; x.rank()])).narrow(1, 0, s)
 }
 
 /// Contracted terms that one f32 accumulator may see.
@@ -34,14 +64,19 @@ fn parts(equation: &str, rows: usize, weight: &Tensor) -> usize {
 /// running sum over n terms loses about √n roundings, and that is what sets prefill and decode apart; sums of parts lose
 /// fewer (Higham 1993), and one row even gets faster by them.
 pub(super) fn parts_of(weight: &Tensor, rows: usize, first: usize, terms: usize, outputs: usize) -> usize {
-    if weight.dtype() != DType::F32 || weight.graph().mesh().is_some() {
+    let g = weight.graph();
+    if weight.dtype() != DType::F32 || g.platform() != Platform::Cpu {
         return 1;
     }
     // With many rows the parts are written and read again: too dear where the result is wider than what is summed.
     if rows > 1 && outputs > terms {
         return 1;
     }
-    (1..=first).find(|n| first.is_multiple_of(*n) && terms / n <= TERMS).unwrap_or(first)
+    // No part of a split axis lies on two devices.
+    let devices = g.devices_along("model");
+    let devices = if first.is_multiple_of(devices) { devices } else { 1 };
+    let divides = |n: &usize| first.is_multiple_of(*n) && n.is_multiple_of(devices) && terms / n <= TERMS;
+    (1..=first).find(divides).unwrap_or(first)
 }
 
 /// The same product with the first contracted axis split in `n`, which become a batch axis Z and are summed at the end.

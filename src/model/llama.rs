@@ -1,18 +1,20 @@
 //! The decoder: embedding, L blocks, final norm, head (Touvron et al. 2023).
 
 use xla::DType;
-use xla::graph::{Tensor, einsum_as};
+use xla::graph::{Platform, Tensor, einsum_as};
 
 use super::attention::{LayerInput, attention};
+use super::linear::{all_rows, in_rows};
 use super::mlp::mlp;
 use super::moe::moe;
-use super::rms_norm::rms_norm;
+use super::rms_norm::{rms_norm, rms_norm_twice};
 use super::rope::{Rope, ropes};
 use crate::config::{LayerConfig, ModelConfig};
 use crate::kv_cache::{CacheShape, KvCache, LayerCache, Layout, Place};
 use crate::params::{DecoderBlock, FeedForward, Llama};
 
-const RESIDUAL: [&str; 3] = ["batch", "sequence", "embed"];
+/// The logical axes of the residual stream.
+const RESIDUAL: [&str; 3] = ["batch", "tokens", "hidden"];
 
 /// Runs S new tokens of each slot through the decoder. `tokens`: (B, S) i32; `frequencies`: those of
 /// [`frequencies`](super::frequencies). Returns the normalised hidden states (B, S, M) in f32 and the updated cache.
@@ -111,7 +113,13 @@ pub fn decoder_block(
         Some(weight) => rms_norm(&x, weight, cfg).named(name),
         None => x,
     };
-    let h = norm(x.clone(), &p.input_norm, "input_norm");
+    let h = match &p.input_norm {
+        Some(weight) => {
+            let [for_q, h] = rms_norm_twice(x, weight, cfg);
+            [for_q, h.named("input_norm")]
+        }
+        None => [x.clone(), x.clone()],
+    };
     let (h, cache) = {
         let _scope = g.scope("attention");
         attention(&p.attention, &h, at, cfg)
@@ -130,21 +138,32 @@ pub fn decoder_block(
     ((&x + norm(h, &p.mlp_out_norm, "mlp_out_norm")).shard(RESIDUAL), cache)
 }
 
-/// Logits (B, S, V) in f32 of normalised hidden states (B, S, M); a tied head reads the embedding (V, M).
+/// Logits (B, S, V) in f32 of normalised hidden states (B, S, M); a tied head reads the embedding (V, M). Where a mesh pads
+/// the vocabulary, the logits past it are −∞.
 #[track_caller]
 pub fn lm_head(p: &Llama<Tensor>, hidden: &Tensor, cfg: &ModelConfig) -> Tensor {
     let rows = hidden.dim(0) * hidden.dim(1);
     let weight = p.lm_head.as_ref().unwrap_or(&p.embedding);
-    let hidden = hidden.cast(weight.dtype());
+    let hidden = all_rows(&hidden.cast(weight.dtype()));
     let logits = match &p.lm_head {
-        Some(head) => einsum_as("BSM,MV->BSV", &hidden, head, DType::F32),
+        Some(head) => in_rows(&hidden, |hidden| einsum_as("BSM,MV->BSV", hidden, head, DType::F32)),
         // XLA:CPU transposes the right side of a one-row product in memory, the whole embedding at every step.
-        None if rows == 1 => einsum_as("VM,BSM->BSV", &p.embedding, &hidden, DType::F32),
-        None => einsum_as("BSM,VM->BSV", &hidden, &p.embedding, DType::F32),
+        None if rows == 1 && hidden.graph().platform() == Platform::Cpu => {
+            einsum_as("VM,BSM->BSV", &p.embedding, &hidden, DType::F32)
+        }
+        None => in_rows(&hidden, |hidden| einsum_as("BSM,VM->BSV", hidden, &p.embedding, DType::F32)),
     };
     let logits = match cfg.logit_softcap {
         Some(cap) => (logits / cap).tanh() * cap,
         None => logits,
     };
-    logits.shard(["batch", "sequence", "vocab"]).named("logits")
+    let logits = match logits.dim(2) == cfg.vocab_size {
+        true => logits,
+        false => {
+            let id = logits.graph().iota(DType::I32, logits.shape(), 2);
+            id.lt(cfg.vocab_size as i64).select(&logits, f64::NEG_INFINITY)
+        }
+    };
+    let tokens = if logits.dim(1) == 1 { "" } else { "sequence" };
+    logits.shard(["batch", tokens, "vocab"]).named("logits")
 }

@@ -6,9 +6,9 @@
 mod top_k;
 
 use xla::DType::{F32, I32};
-use xla::graph::{Fold, Tensor, einsum_as};
+use xla::graph::{Fold, Platform, Tensor, einsum_as};
 
-use super::linear::{linear, parts_of};
+use super::linear::{TPU_ROWS, linear, parts_of};
 use super::mlp::{activation, mlp};
 use crate::config::{Activation, ExpertGroups, ModelConfig, MoeConfig, Router};
 use crate::params::Moe;
@@ -21,23 +21,67 @@ pub(super) use top_k::top_k;
 #[track_caller]
 pub fn moe(p: &Moe<Tensor>, x: &Tensor, cfg: &ModelConfig) -> Tensor {
     let moe = cfg.moe.as_ref().expect("a configuration with experts says how they are chosen");
-    let (n, m) = (x.dim(0) * x.dim(1), x.dim(2));
     // Where the scores are sigmoids, transformers multiplies in f32 whatever the type of the weights.
     let router = match moe.router {
         Router::Softmax => p.router.clone(),
         Router::Sigmoid => p.router.cast(F32),
     };
     let logits = linear("BSM,ME->BSE", x, &router, None).named("router_logits");
-    let (ids, weights) = choose(&logits.reshape(&[n, moe.n_experts]), p.correction_bias.as_ref(), moe);
-    let y = experts(p, &x.reshape(&[n, m]), &ids, cfg.hidden_act);
-    // Summed in the order of the choice: a token's result is the same in every batch.
-    let y = (y * weights.expand_dims(2).broadcast_to(&[n, moe.top_k, m])).sum(&[1]).reshape(x.shape());
+    let y = routed(p, x, &logits, cfg.hidden_act, moe);
     let Some(shared) = &p.shared else { return y };
     let mut common = mlp(shared, x, cfg);
     if let Some(gate) = &p.shared_gate {
         common = common * linear("BSM,M->BS", x, gate, None).sigmoid().expand_dims(2).broadcast_to(x.shape());
     }
     y + common
+}
+
+/// Σ over a token's experts of weight · expert(x): `x` (B, S, M) and `logits` (B, S, E) → (B, S, M).
+///
+/// Where experts are split over devices, tokens go to them: each device gets the tokens of all, gives what its own experts
+/// add, and the sums go back to where the tokens came from.
+fn routed(p: &Moe<Tensor>, x: &Tensor, logits: &Tensor, act: Activation, moe: &MoeConfig) -> Tensor {
+    const TOKENS: &[&str] = &["batch", "sequence", ""];
+    let g = x.graph();
+    let mut inputs: Vec<(&Tensor, &[&str])> = vec![(x, TOKENS), (logits, TOKENS)];
+    inputs.extend([(&p.gate_proj, &["experts", "", "mlp"][..]), (&p.up_proj, &["experts", "", "mlp"])]);
+    inputs.push((&p.down_proj, &["experts", "mlp", ""]));
+    inputs.extend(p.correction_bias.iter().map(|bias| (bias, &[""][..])));
+    let results = g.manual_computation(&inputs, &[TOKENS], |args| {
+        let [x, logits, gate, up, down, correction_bias @ ..] = args else { return args.to_vec() };
+        let (n, m, all) = (x.dim(0) * x.dim(1), x.dim(2), moe.n_experts);
+        let (ids, weights) = choose(&logits.reshape(&[n, all]), correction_bias.first(), moe);
+        let rows = x.reshape(&[n, m]);
+        let experts = Experts { gate, up, down, act };
+
+        let split = |logical: &str, axis: &str| g.piece_axes(logical).iter().any(|of| of == axis);
+        let exchanged = split("batch", "expert");
+        let gathered = |t: Tensor| if exchanged { t.all_gather(0, &["expert"]) } else { t };
+        let (rows, ids, weights) = (gathered(rows), gathered(ids), gathered(weights));
+        // The device's own experts are 0, 1, …; those of others have the number after the last.
+        let (ids, weights) = match gate.dim(0) == all {
+            true => (ids, weights),
+            false => {
+                let own = gate.dim(0) as i64;
+                let first = g.coordinate("expert") * own;
+                let id = &ids - first.broadcast(ids.shape(), &[]);
+                let here = id.ge(0i64) & id.lt(own);
+                (here.select(&id, own), here.select(&weights, 0.0))
+            }
+        };
+        let mut y = experts.apply(&rows, &ids, &weights, all);
+        if exchanged {
+            y = y.reduce_scatter(Fold::Sum, 0, &["expert"]);
+        }
+        let mut partial = Vec::new();
+        partial.extend((split("experts", "expert") && !exchanged).then_some("expert"));
+        partial.extend(split("mlp", "model").then_some("model"));
+        if !partial.is_empty() {
+            y = y.all_reduce(Fold::Sum, &partial);
+        }
+        vec![y.reshape(x.shape())]
+    });
+    results.into_iter().next().unwrap_or_else(|| x.clone())
 }
 
 /// From logits (N, E) to the experts that each token takes and their weights: (N, k) i32, (N, k) f32.
@@ -78,7 +122,69 @@ fn best_groups(scores: &Tensor, groups: &ExpertGroups) -> Tensor {
     open.broadcast(grouped.shape(), &[0, 1]).select(&grouped, &closed).reshape(scores.shape())
 }
 
-/// What each token's experts give: `x` (N, M) and `ids` (N, k) → (N, k, M).
+/// The experts of one device.
+#[derive(Clone, Copy)]
+struct Experts<'a> {
+    /// (E, M, F).
+    gate: &'a Tensor,
+    /// (E, M, F).
+    up: &'a Tensor,
+    /// (E, F, M).
+    down: &'a Tensor,
+    act: Activation,
+}
+
+/// Rows up to which every expert is applied to every row: to sort and pick them costs more on an accelerator than products of
+/// weights that are read in any case. A v6e multiplies 512 rows while it reads the weights.
+fn dense_rows(platform: Platform) -> usize {
+    match platform {
+        Platform::Cpu => 0,
+        Platform::Gpu => 256,
+        Platform::Tpu => 512,
+    }
+}
+
+impl Experts<'_> {
+    /// Σ over a row's experts of weight · expert(x): `x` (N, M), `ids` and `weights` (N, k) → (N, M). An id that is none of
+    /// these experts gives nothing. `all` is how many experts the ids were chosen from.
+    fn apply(&self, x: &Tensor, ids: &Tensor, weights: &Tensor, all: usize) -> Tensor {
+        if x.dim(0) <= dense_rows(x.graph().platform()) {
+            return self.dense(x, ids, weights);
+        }
+        let y = sorted(self, x, ids, all);
+        let y = match self.gate.dim(0) == all {
+            true => y,
+            false => ids.lt(self.gate.dim(0) as i64).broadcast(y.shape(), &[0, 1]).select(&y, 0.0),
+        };
+        // Summed in the order of the choice: a token's result is the same in every batch.
+        (&y * weights.expand_dims(2).broadcast_to(y.shape())).sum(&[1])
+    }
+
+    /// The same with every expert applied to every row.
+    fn dense(&self, x: &Tensor, ids: &Tensor, weights: &Tensor) -> Tensor {
+        let n = x.dim(0);
+        if x.graph().platform() == Platform::Tpu && n < TPU_ROWS {
+            let more = [(TPU_ROWS - n) as i64, 0];
+            let x = x.pad(0.0, &[0, 0], &more, &[0, 0]);
+            let ids = ids.pad(self.gate.dim(0) as i64, &[0, 0], &more, &[0, 0]);
+            return self.dense(&x, &ids, &weights.pad(0.0, &[0, 0], &more, &[0, 0])).narrow(0, 0, n);
+        }
+        let all = [x.dim(0), ids.dim(1), self.gate.dim(0)];
+        let chosen = ids.broadcast(&all, &[0, 1]).eq(&x.graph().iota(I32, &all, 2));
+        let share = chosen.select(&weights.broadcast(&all, &[0, 1]), 0.0).sum(&[1]);
+        let [gate, up] = [self.gate, self.up].map(|w| einsum_as("NM,EMF->ENF", &x.cast(w.dtype()), w, F32));
+        let h = activation(&gate, self.act) * up;
+        let mut h = (&h * share.transpose(&[1, 0]).broadcast(h.shape(), &[0, 1])).cast(self.down.dtype());
+        if h.graph().platform() == Platform::Tpu {
+            // As in `mlp`.
+            h = h.graph().optimization_barrier(&[&h]).remove(0);
+        }
+        einsum_as("ENF,EFM->NM", &h, self.down, F32)
+    }
+}
+
+/// What each token's experts give: `x` (N, M) and `ids` (N, k) → (N, k, M); anything where an id is none of these experts. `all`
+/// is how many experts the ids were chosen from.
 ///
 /// The pairs are sorted by expert and cut into blocks of C rows of one expert. A loop, as long as there are blocks, takes
 /// an expert's weights and applies them to a block. XLA copies the weights that a loop picks, so where most experts have
@@ -88,11 +194,12 @@ fn best_groups(scores: &Tensor, groups: &ExpertGroups) -> Tensor {
 /// At k = 2, M = 256, F = 512 in f32 on an AVX-512 core, 64 experts instead of 8 cost 1.2 times as much for one token
 /// (0.45 ms), 2.0 times for 512 tokens (22 ms) and 1.4 times for 2048 (57 ms): what is more are the weights to read,
 /// 100 MB against 13, and with them the products get only 16 rows each where the 8 get 128.
-fn experts(p: &Moe<Tensor>, x: &Tensor, ids: &Tensor, act: Activation) -> Tensor {
+fn sorted(weights: &Experts<'_>, x: &Tensor, ids: &Tensor, all: usize) -> Tensor {
     let g = x.graph();
-    let (n, k, m, experts) = (x.dim(0), ids.dim(1), x.dim(1), p.gate_proj.dim(0));
+    let Experts { gate, up, down, act } = *weights;
+    let (n, k, m, experts) = (x.dim(0), ids.dim(1), x.dim(1), gate.dim(0));
     let pairs = n * k;
-    let (first, c) = blocks(n, k, experts);
+    let (first, c) = blocks(n, k, all);
 
     // Sorted pairs: their expert, and their token with C more, so that a block at the end does not stick out.
     let (expert, order) = ids.reshape(&[pairs]).argsort(0, false);
@@ -117,7 +224,7 @@ fn experts(p: &Moe<Tensor>, x: &Tensor, ids: &Tensor, act: Activation) -> Tensor
     let mut blocks = Vec::new();
     if first == 1 {
         let at = starts.broadcast(&[experts, c], &[0]) + g.iota(I32, &[experts, c], 1);
-        let y = feed_forward(&x.take(&token.take(&at, 0), 0), &p.gate_proj, &p.up_proj, &p.down_proj, act);
+        let y = feed_forward(&x.take(&token.take(&at, 0), 0), gate, up, down, act);
         blocks.push(y.reshape(&[experts * c, m]));
     }
     blocks.push(g.full(0.0, F32, &[most * c, m]));
@@ -130,7 +237,7 @@ fn experts(p: &Moe<Tensor>, x: &Tensor, ids: &Tensor, act: Activation) -> Tensor
         let at = starts.take(&expert, 0) + (number - before.take(&expert, 0) + first as i64) * c as i64;
         let total = ends.narrow(0, experts - 1, 1).reshape(&[]);
         let done = g.while_loop(
-            &[&g.scalar(0, I32), &y, &total, &expert, &at, &token, x, &p.gate_proj, &p.up_proj, &p.down_proj],
+            &[&g.scalar(0, I32), &y, &total, &expert, &at, &token, x, gate, up, down],
             |v| v[0].lt(&v[2]),
             |v| {
                 let [block, y, _, expert, at, token, x, weights @ ..] = v else { return v.to_vec() };

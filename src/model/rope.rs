@@ -6,12 +6,12 @@
 //! transformers recomputes them at every length for dynamic NTK, and leaves the older keys as they are.
 
 use xla::DType;
-use xla::graph::{Graph, Tensor};
+use xla::graph::{Graph, Platform, Tensor};
 
 use crate::config::{self, ModelConfig};
 
 /// cos and sin of the angle of every position, (B, S, D/2) each, f32, D the elements of a head that turn: computed once, used by
-/// all layers.
+/// all layers. On a TPU (B, S, D): (cos, cos) and (−sin, sin).
 #[derive(Clone, Debug)]
 pub struct Rope {
     /// cos(position · inverse frequency).
@@ -44,7 +44,12 @@ pub fn ropes(positions: &Tensor, frequencies: &[Tensor], cfg: &ModelConfig) -> V
         if rope.attention_factor() != 1.0 {
             (cos, sin) = (cos * rope.attention_factor(), sin * rope.attention_factor());
         }
-        Rope { cos: cos.named(&format!("rope_cos.{i}")), sin: sin.named(&format!("rope_sin.{i}")) }
+        let (cos, sin) = (cos.named(&format!("rope_cos.{i}")), sin.named(&format!("rope_sin.{i}")));
+        let g = positions.graph();
+        match g.platform() {
+            Platform::Tpu => Rope { cos: g.concatenate(&[&cos, &cos], -1), sin: g.concatenate(&[&-&sin, &sin], -1) },
+            _ => Rope { cos, sin },
+        }
     };
     cfg.ropes.iter().zip(frequencies).enumerate().map(one).collect()
 }
@@ -54,6 +59,9 @@ impl Rope {
     /// (x₁·cos − x₂·sin, x₂·cos + x₁·sin, rest). `x`: (B, S, H or G, K), f32.
     #[track_caller]
     pub fn rotate(&self, x: &Tensor) -> Tensor {
+        if x.graph().platform() == Platform::Tpu {
+            return self.rotate_whole(x);
+        }
         let half = self.cos.dim(-1);
         let (x1, x2) = (x.narrow(-1, 0, half), x.narrow(-1, half, half));
         let cos = self.cos.broadcast(x1.shape(), &[0, 1, 3]);
@@ -62,6 +70,22 @@ impl Rope {
         match x.dim(-1) - 2 * half {
             0 => x.graph().concatenate(&[&y1, &y2], -1),
             rest => x.graph().concatenate(&[&y1, &y2, &x.narrow(-1, 2 * half, rest)], -1),
+        }
+    }
+
+    /// The same as (x₁, x₂)·(cos, cos) + (x₂, x₁)·(−sin, sin), with (x₂, x₁) cut out of (x₁, x₂, x₁, x₂): that the TPU's compiler
+    /// makes one program of for queries and keys together, where it takes two for the halves of each.
+    #[track_caller]
+    fn rotate_whole(&self, x: &Tensor) -> Tensor {
+        let g = x.graph();
+        let turning = self.cos.dim(-1);
+        let turned = x.narrow(-1, 0, turning);
+        let swapped = g.concatenate(&[&turned, &turned], -1).narrow(-1, turning / 2, turning);
+        let [cos, sin] = [&self.cos, &self.sin].map(|angle| angle.broadcast(turned.shape(), &[0, 1, 3]));
+        let y = turned * cos + swapped * sin;
+        match x.dim(-1) - turning {
+            0 => y,
+            rest => g.concatenate(&[&y, &x.narrow(-1, turning, rest)], -1),
         }
     }
 }

@@ -3,12 +3,19 @@
 //! Dao et al. 2022), which never holds S × T scores.
 
 use xla::DType;
-use xla::graph::{Tensor, einsum_as};
+use xla::graph::{Graph, Platform, Tensor, einsum_as};
 
 use crate::kv_cache::{Order, Past};
 
-/// Query rows of one block where a prompt is attended to in blocks.
-const BLOCK: usize = 128;
+/// Query rows of one block where a prompt is attended to in blocks. On a TPU every program has a price of its own, and a block takes
+/// several, so that fewer and larger blocks are worth the keys that they cannot see. On a CPU 256 costs a prefill of 512 about 3 %
+/// against 128, and takes 0.6 times as long to load (docs/compile-cost.md).
+fn block(platform: Platform) -> usize {
+    match platform {
+        Platform::Tpu => 512,
+        _ => 256,
+    }
+}
 
 /// So many of these blocks stand in a program, one after another; more become a loop.
 const MAX_BLOCKS: usize = 32;
@@ -19,6 +26,9 @@ const OFFLINE_BYTES: usize = 64 << 20;
 /// Rows and columns of the scores that the running softmax holds at a time.
 const ONLINE: [usize; 2] = [512, 1024];
 
+/// A TPU multiplies fewer rows than it has sublanes with its vector units, eight times slower than these with its matrix unit.
+const TPU_ROWS: usize = 8;
+
 /// The queries of one layer.
 #[derive(Clone, Debug)]
 pub struct Queries<'a> {
@@ -26,6 +36,8 @@ pub struct Queries<'a> {
     pub q: Tensor,
     /// Where they stand, (B, S) i32.
     pub positions: &'a Tensor,
+    /// Where they are only some of the step's rows, the first one's number, an i32 scalar.
+    pub first_row: Option<Tensor>,
     /// c, where scores become c·tanh(scores / c) (Gemma 2).
     pub softcap: Option<f64>,
     /// A score for each head, (G, R) f32, that takes part in the softmax but has no value (gpt-oss).
@@ -43,8 +55,9 @@ enum Form {
 fn form(q: &Queries<'_>, past: &Past) -> Form {
     let [b, s, g, r] = [0, 1, 2, 3].map(|axis| q.q.dim(axis));
     let bytes = |rows: usize| 4 * b * g * r * rows * past.k.dim(2);
-    let in_order = matches!(past.order, Order::Prefix | Order::Trailing { .. });
-    if in_order && s > BLOCK && s.is_multiple_of(BLOCK) && s / BLOCK <= MAX_BLOCKS && bytes(BLOCK) <= OFFLINE_BYTES {
+    let in_order = q.first_row.is_none() && matches!(past.order, Order::Prefix | Order::Trailing { .. });
+    let block = block(q.q.graph().platform());
+    if in_order && s > block && s.is_multiple_of(block) && s / block <= MAX_BLOCKS && bytes(block) <= OFFLINE_BYTES {
         Form::Blocks
     } else if bytes(s) <= OFFLINE_BYTES {
         Form::Whole
@@ -57,6 +70,11 @@ impl Queries<'_> {
     /// softmax(q·kᵀ)·v over what each query may see, (B, S, G, R, K) f32, in the form that suits the sizes.
     #[track_caller]
     pub fn attend(&self, past: &Past) -> Tensor {
+        let (s, r) = (self.q.dim(1), self.q.dim(3));
+        if self.q.graph().platform() == Platform::Tpu && s * r < TPU_ROWS {
+            let padded = Queries { q: pad(&self.q, 3, TPU_ROWS.div_ceil(s), 0.0), ..self.clone() };
+            return padded.offline_heads(past, r);
+        }
         match form(self, past) {
             Form::Whole => self.offline(past),
             Form::Blocks => self.blocks(past),
@@ -67,35 +85,57 @@ impl Queries<'_> {
     /// With the whole score matrix (B, G, S, R, T). The sum of the softmax divides after the product with v.
     #[track_caller]
     pub fn offline(&self, past: &Past) -> Tensor {
+        self.offline_heads(past, self.q.dim(3))
+    }
+
+    /// The same for the first `heads` of the R query heads of each group.
+    #[track_caller]
+    fn offline_heads(&self, past: &Past, heads: usize) -> Tensor {
         let scores = self.scores(past);
         let mut highest = scores.max_keep(&[4]);
         if let Some(sinks) = self.sinks {
             highest = highest.maximum(&sink(sinks, highest.shape()));
         }
         let weights = (&scores - highest.broadcast_to(scores.shape())).exp();
-        let mut total = weights.sum_keep(&[4]);
+        let width = self.q.dim(4);
+        let summed = (past.v.dim(3) > width).then(|| values(&weights, past));
+        let mut total = match &summed {
+            Some(out) => out.narrow(4, width, 1),
+            None => weights.sum_keep(&[4]),
+        };
         if let Some(sinks) = self.sinks {
             total = &total + (sink(sinks, highest.shape()) - highest).exp();
         }
-        let out = values(&weights, past);
-        (&out / total.broadcast_to(out.shape())).transpose(&[0, 2, 1, 3, 4])
+        if let Some(out) = summed {
+            let out = out.narrow(4, 0, width);
+            return queries_first(&(&out / total.broadcast_to(out.shape())));
+        }
+        let (weights, total) = match (self.q.graph().platform(), self.q.dim(1)) {
+            (Platform::Tpu, 1) => once(&weights, &total, past),
+            _ => (weights, total),
+        };
+        let kept = |x: Tensor| if heads == self.q.dim(3) { x } else { x.narrow(2, 0, heads) };
+        let (out, total) = (kept(values(&weights, past)), kept(total));
+        queries_first(&(&out / total.broadcast_to(out.shape())))
     }
 
     /// Block by block, each over the keys that it can see at all, which leaves out most of the scores that the mask
     /// would throw away.
     #[track_caller]
     pub fn blocks(&self, past: &Past) -> Tensor {
+        let rows = block(self.q.graph().platform());
+        let past = &past.with_sums();
         let block = |start: usize| {
-            let end = start + BLOCK;
+            let end = start + rows;
             let (first, last) = match past.order {
                 Order::Trailing { window, before } => (start + before + 1 - window, end + before),
                 _ => (0, end),
             };
-            let positions = self.positions.narrow(1, start, BLOCK);
-            Queries { q: self.q.narrow(1, start, BLOCK), positions: &positions, ..self.clone() }
+            let positions = self.positions.narrow(1, start, rows);
+            Queries { q: self.q.narrow(1, start, rows), positions: &positions, ..self.clone() }
                 .offline(&past.narrow(first, last - first))
         };
-        let blocks: Vec<Tensor> = (0..self.q.dim(1)).step_by(BLOCK).map(block).collect();
+        let blocks: Vec<Tensor> = (0..self.q.dim(1)).step_by(rows).map(block).collect();
         self.q.graph().concatenate(&blocks.iter().collect::<Vec<_>>(), 1)
     }
 
@@ -116,7 +156,8 @@ impl Queries<'_> {
         let zero = g.scalar(0i64, DType::I32);
         let out = g.full(0.0, DType::F32, q.shape());
         let fixed = past.tensors();
-        let mut state = vec![&zero, &out, &q, &positions];
+        let first_row = self.first_row.as_ref().unwrap_or(&zero);
+        let mut state = vec![&zero, &out, &q, &positions, first_row];
         state.extend(&fixed);
         state.extend(sinks);
         let (has_scales, has_sinks) = (past.scales.is_some(), sinks.is_some());
@@ -125,7 +166,7 @@ impl Queries<'_> {
             &state,
             |state| state[0].lt((s_padded / rows) as i64),
             |state| {
-                let [i, out, q, positions, fixed @ ..] = state else { unreachable!("as the loop began") };
+                let [i, out, q, positions, first_row, fixed @ ..] = state else { unreachable!("as the loop began") };
                 let (fixed, sinks) = fixed.split_at(fixed.len() - usize::from(has_sinks));
                 let zero = g.scalar(0i64, DType::I32);
                 let start = i * rows as i64;
@@ -135,19 +176,22 @@ impl Queries<'_> {
                 let block_positions = positions.dynamic_slice(&[&zero, &start], &[b, rows]);
                 // the blocks of keys that some query of this block may see
                 let (low, high) = match order {
-                    Order::Trailing { window, before } => (
-                        (&start + (before + 1 - window) as i64) / columns as i64,
-                        (&start + (rows + before - 1) as i64) / columns as i64 + 1i64,
-                    ),
+                    Order::Trailing { window, before } => {
+                        let row = first_row + &start;
+                        (
+                            (&row + (before + 1 - window) as i64) / columns as i64,
+                            (&row + (rows + before - 1) as i64) / columns as i64 + 1i64,
+                        )
+                    }
                     _ => (zero.clone(), block_positions.max(&[0, 1]) / columns as i64 + 1i64),
                 };
                 let high = high.minimum(blocks);
-                let stats = [b, groups, rows, r, 1];
+                let stats = score_shape(g, [b, groups, rows, r, 1]);
                 let (highest, total) = match sinks.first() {
                     Some(sinks) => (sink(sinks, &stats), g.full(1.0, DType::F32, &stats)),
                     None => (g.full(f64::from(f32::MIN), DType::F32, &stats), g.full(0.0, DType::F32, &stats)),
                 };
-                let sum = g.full(0.0, DType::F32, &[b, groups, rows, r, k]);
+                let sum = g.full(0.0, DType::F32, &score_shape(g, [b, groups, rows, r, k]));
                 let mut inner = vec![&low, &high, &highest, &total, &sum, &block, &block_positions];
                 inner.extend(fixed);
                 let done = g.while_loop(
@@ -158,7 +202,7 @@ impl Queries<'_> {
                             unreachable!("as the loop began");
                         };
                         let past = Past::from_tensors(fixed, has_scales, order).slice(&(j * columns as i64), columns);
-                        let q = Queries { q: block.clone(), positions, softcap, sinks: None };
+                        let q = Queries { q: block.clone(), positions, first_row: None, softcap, sinks: None };
                         let scores = q.scores(&past);
                         let now = highest.maximum(&scores.max_keep(&[4]));
                         let weights = (&scores - now.broadcast_to(scores.shape())).exp();
@@ -171,7 +215,7 @@ impl Queries<'_> {
                     },
                 );
                 let (total, sum) = (&done[3], &done[4]);
-                let block = (sum / total.broadcast_to(sum.shape())).transpose(&[0, 2, 1, 3, 4]);
+                let block = queries_first(&(sum / total.broadcast_to(sum.shape())));
                 let mut next = vec![i + 1i64, out.dynamic_update_slice(&block, &at)];
                 next.extend(state[2..].iter().cloned());
                 next
@@ -180,12 +224,17 @@ impl Queries<'_> {
         done[1].narrow(1, 0, s)
     }
 
-    /// q·kᵀ with the softcap, and −f32::MAX for keys that a query must not see: (B, G, S, R, T) f32.
+    /// q·kᵀ with the softcap, and −f32::MAX for keys that a query must not see: (B, G, S, R, T) f32, in [`score_shape`]'s order.
     #[track_caller]
     fn scores(&self, past: &Past) -> Tensor {
+        let platform = self.q.graph().platform();
+        let equation = match platform {
+            Platform::Tpu => "BSGRK,BGTK->BGRST",
+            _ => "BSGRK,BGTK->BGSRT",
+        };
         let mut scores = match past.k.dtype() {
-            DType::I8 => einsum_as("BSGRK,BGTK->BGSRT", &self.q, &past.k.cast(self.q.dtype()), DType::F32),
-            _ => einsum_as("BSGRK,BGTK->BGSRT", &self.q, &past.k, DType::F32),
+            DType::I8 => einsum_as(equation, &self.q, &past.k.cast(self.q.dtype()), DType::F32),
+            _ => einsum_as(equation, &self.q, &past.k, DType::F32),
         };
         if let Some([scale, _]) = &past.scales {
             let t = past.k.dim(2);
@@ -195,20 +244,57 @@ impl Queries<'_> {
         if let Some(cap) = self.softcap {
             scores = (scores / cap).tanh() * cap;
         }
-        visible(self.positions, past).broadcast(scores.shape(), &[0, 2, 4]).select(&scores, f64::from(f32::MIN))
+        visible(self.positions, past)
+            .broadcast(scores.shape(), &[0, query_axis(platform), 4])
+            .select(&scores, f64::from(f32::MIN))
     }
 }
 
-/// weights (B, G, S, R, T) times values: (B, G, S, R, K) f32.
+/// Where the queries stand in scores: 2 of (B, G, S, R, T), or 3 of (B, G, R, S, T). The last two axes are cut into tiles of 8 × 128
+/// on a TPU, which few heads would leave half empty, and the mask, (B, S, T), is the same for all R.
+fn query_axis(platform: Platform) -> usize {
+    if platform == Platform::Tpu { 3 } else { 2 }
+}
+
+/// The shape (B, G, S, R, X) as scores have it.
+fn score_shape(g: &Graph, [b, groups, s, r, x]: [usize; 5]) -> [usize; 5] {
+    if query_axis(g.platform()) == 3 { [b, groups, r, s, x] } else { [b, groups, s, r, x] }
+}
+
+/// Results in the order of scores as (B, S, G, R, K).
+#[track_caller]
+fn queries_first(x: &Tensor) -> Tensor {
+    let order = if query_axis(x.graph().platform()) == 3 { [0, 3, 1, 2, 4] } else { [0, 2, 1, 3, 4] };
+    x.transpose(&order)
+}
+
+/// The weights of one query, (B, G, R, 1, T), and their sum, (B, G, R, 1, 1), so that a TPU computes both in one program, and the
+/// weights not a second time in the product; the axis of length 1 would keep it from that.
+#[track_caller]
+fn once(weights: &Tensor, total: &Tensor, past: &Past) -> (Tensor, Tensor) {
+    let short = |x: &Tensor| {
+        let [b, g, r, t] = [0, 1, 2, 4].map(|axis| x.dim(axis));
+        x.reshape(&[b, g, r, t])
+    };
+    let dtype = if past.scales.is_some() { weights.dtype() } else { past.v.dtype() };
+    let both = weights.graph().optimization_barrier(&[&short(weights).cast(dtype), &short(total)]);
+    (both[0].reshape(weights.shape()), both[1].reshape(total.shape()))
+}
+
+/// weights (B, G, S, R, T) times values: (B, G, S, R, K) f32, both in [`score_shape`]'s order.
 #[track_caller]
 fn values(weights: &Tensor, past: &Past) -> Tensor {
+    let equation = match weights.graph().platform() {
+        Platform::Tpu => "BGRST,BGTK->BGRSK",
+        _ => "BGSRT,BGTK->BGSRK",
+    };
     match &past.scales {
         Some([_, scale]) => {
             let [b, g, t] = [0, 1, 2].map(|axis| scale.dim(axis));
             let weights = weights * scale.reshape(&[b, g, t]).broadcast(weights.shape(), &[0, 1, 4]);
-            einsum_as("BGSRT,BGTK->BGSRK", &weights, &past.v.cast(DType::F32), DType::F32)
+            einsum_as(equation, &weights, &past.v.cast(DType::F32), DType::F32)
         }
-        None => einsum_as("BGSRT,BGTK->BGSRK", &weights.cast(past.v.dtype()), &past.v, DType::F32),
+        None => einsum_as(equation, &weights.cast(past.v.dtype()), &past.v, DType::F32),
     }
 }
 
@@ -225,10 +311,10 @@ fn visible(positions: &Tensor, past: &Past) -> Tensor {
     }
 }
 
-/// The sinks (G, R) as scores (B, G, S, R, 1).
+/// The sinks (G, R) as scores (B, G, S, R, 1), in [`score_shape`]'s order.
 #[track_caller]
 fn sink(sinks: &Tensor, shape: &[usize]) -> Tensor {
-    sinks.broadcast(shape, &[1, 3])
+    sinks.broadcast(shape, &[1, 5 - query_axis(sinks.graph().platform())])
 }
 
 /// `x` with `value` behind, so that axis `axis` has length `len`.
@@ -255,6 +341,20 @@ impl Past {
     #[track_caller]
     fn narrow(&self, first: usize, len: usize) -> Past {
         self.map(|x| x.narrow(2, first, len), self.positions.narrow(1, first, len))
+    }
+
+    /// On a TPU with a column of ones behind v, whose product is the sum of the weights: its matrix unit has room for it, and the
+    /// vector unit would need as long for the sum as for the exponentials.
+    #[track_caller]
+    fn with_sums(&self) -> Past {
+        let g = self.v.graph();
+        if g.platform() != Platform::Tpu || self.scales.is_some() {
+            return self.clone();
+        }
+        let mut column = self.v.shape().to_vec();
+        column[3] = 1;
+        let ones = g.full(1.0, self.v.dtype(), &column);
+        Past { v: g.concatenate(&[&self.v, &ones], 3), ..self.clone() }
     }
 
     /// `len` keys from `first` (an i32 scalar) on.

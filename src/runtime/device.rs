@@ -1,11 +1,13 @@
 //! From the name of a device to a client: which plugin, fetched if need be, and its first device.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
-use xla::pjrt::{Client, Plugin, Value};
+use xla::pjrt::{Client, KeyValueStore, Plugin, Value, on_tpu_vm};
 use xla::wheel::{self, FetchOptions, PluginKind, Progress};
 
 use crate::Error;
+use crate::distributed::{self, Process};
 
 /// A device as the user names it: `cpu`, `cuda`, `tpu`, or the path of a PJRT plugin.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -34,15 +36,15 @@ impl DeviceName {
     }
 }
 
-/// An accelerator whose plugin is installed and whose device node exists, else the CPU.
+/// An accelerator whose plugin is installed and that is in this machine, else the CPU.
 fn default_kind() -> PluginKind {
-    let present = |kind, nodes: &[&str]| {
-        let installed = || wheel::installed(wheel::default_build(kind).ok()?, &FetchOptions::default());
-        nodes.iter().any(|n| Path::new(n).exists()) && installed().is_some()
+    let installed = |kind| {
+        let find = || wheel::installed(wheel::default_build(kind).ok()?, &FetchOptions::default());
+        find().is_some()
     };
-    if present(PluginKind::Tpu, &["/dev/accel0", "/dev/vfio/0"]) {
+    if on_tpu_vm() && installed(PluginKind::Tpu) {
         PluginKind::Tpu
-    } else if present(PluginKind::Cuda, &["/dev/nvidiactl"]) {
+    } else if Path::new("/dev/nvidiactl").exists() && installed(PluginKind::Cuda) {
         PluginKind::Cuda
     } else {
         PluginKind::Cpu
@@ -68,14 +70,37 @@ pub fn plugin_path(
 }
 
 /// Opens the plugin and makes a client of `devices` devices (a CPU makes as many as it is asked for).
+///
+/// # Errors
+/// The plugin does not open or has no device here.
 pub fn open(path: &Path, devices: usize) -> Result<(Plugin, Client), Error> {
+    let (plugin, client, _) = open_together(path, devices, Process::SINGLE, None)?;
+    Ok((plugin, client))
+}
+
+/// [`open`] as one of several processes, which meet at `store`; also gives the place that the plugin sees this one in.
+///
+/// # Errors
+/// Those of [`open`] and [`distributed::client`].
+pub fn open_together(
+    path: &Path,
+    devices: usize,
+    process: Process,
+    store: Option<Arc<dyn KeyValueStore>>,
+) -> Result<(Plugin, Client, Process), Error> {
     let plugin = Plugin::load(path)?;
+    let name = path.file_name().and_then(|n| n.to_str()).unwrap_or_default();
+    if name.starts_with("libtpu") && !on_tpu_vm() {
+        return Err(Error::Device {
+            name: path.display().to_string(),
+            what: "there is no TPU in this machine to run on; `xllama compile --target v5e:2x4` compiles without one, and \
+                   XLA_ON_TPU_VM=1 says that there is one after all"
+                .into(),
+        });
+    }
     // Only the CPU plugin takes this option, and without it makes four devices; another refuses the unknown name.
     let cpu = [("cpu_device_count", Value::from(devices as i64))];
-    let is_cpu = path.file_name().and_then(|n| n.to_str()).is_some_and(|n| n.contains("cpu"));
-    let client = match is_cpu {
-        true => plugin.client(&cpu)?,
-        false => plugin.client(&[])?,
-    };
-    Ok((plugin, client))
+    let options: &[_] = if name.contains("cpu") { &cpu } else { &[] };
+    let (client, process) = distributed::client(&plugin, options, process, store)?;
+    Ok((plugin, client, process))
 }

@@ -1,24 +1,26 @@
 //! What decode feeds back to itself: the tokens drawn last, and the sampler's arguments.
 
-use xla::pjrt::{Buffer, HostRead};
+use xla::pjrt::HostRead;
 
 use super::engine::Engine;
+use super::placement::Array;
 use crate::Error;
 use crate::generation::options::{SamplingOptions, Settings};
 use crate::generation::sampling::SamplerSpec;
+use crate::kv_cache::CacheShape;
 
 /// On the device, one row for each slot.
 pub(super) struct Draws {
     pub(super) spec: SamplerSpec,
-    pub(super) token: Buffer,
-    pub(super) position: Buffer,
+    pub(super) token: Array,
+    pub(super) position: Array,
     /// Of the token drawn, ids of the most likely, and theirs; empty if they are not asked for.
-    pub(super) log_probabilities: Vec<Buffer>,
-    settings: Option<Buffer>,
-    seed: Option<Buffer>,
-    prompt_counts: Option<Buffer>,
-    output_counts: Option<Buffer>,
-    bias: Option<Buffer>,
+    pub(super) log_probabilities: Vec<Array>,
+    settings: Option<Array>,
+    seed: Option<Array>,
+    prompt_counts: Option<Array>,
+    output_counts: Option<Array>,
+    bias: Option<Array>,
 }
 
 impl Draws {
@@ -26,13 +28,14 @@ impl Draws {
     /// `old` holds goes on.
     pub(super) fn start(
         engine: &Engine,
+        cache: &CacheShape,
         prompts: &[Vec<u32>],
         rows: &[SamplingOptions],
         starting: &[bool],
         old: Option<Draws>,
-        position: Buffer,
+        position: Array,
     ) -> Result<Draws, Error> {
-        let (b, v) = (rows.len(), engine.config().vocab_size);
+        let (b, v) = (rows.len(), engine.model().vocab());
         let any = |f: fn(&SamplerSpec) -> bool| rows.iter().any(|s| f(&s.spec()));
         let spec = SamplerSpec {
             random: any(|s| s.random),
@@ -44,7 +47,7 @@ impl Draws {
         let greedy_in_batch = spec.random && rows.iter().any(|s| !s.spec().random);
         let settings = (spec.random || spec.penalties).then(|| {
             let rows = rows.iter().flat_map(|s| {
-                let mut row = s.settings(v);
+                let mut row = s.settings(engine.config().vocab_size);
                 if greedy_in_batch && !s.spec().random {
                     row[Settings::TOP_K] = 1.0;
                 }
@@ -54,8 +57,8 @@ impl Draws {
         });
         let (mut prompt_counts, mut output_counts) = (None, None);
         if spec.penalties {
-            let kept = |buffer: Option<&Buffer>| match buffer {
-                Some(buffer) => buffer.to_vec::<i32>().map_err(Error::from),
+            let kept = |buffer: Option<&Array>| match buffer {
+                Some(buffer) => buffer.to_vec::<i32>(),
                 None => Ok(vec![0; b * v]),
             };
             let mut prompt = kept(old.as_ref().and_then(|old| old.prompt_counts.as_ref()))?;
@@ -76,26 +79,25 @@ impl Draws {
             bias
         });
         let seeds: Vec<u64> = rows.iter().map(|s| s.seed).collect();
-        let (client, device) = (engine.client(), Some(engine.device()));
-        let f32s = |data: Option<Vec<f32>>, n: usize| {
-            data.map(|d| client.upload_slice(&d, &[b, n], device)).transpose().map_err(Error::from)
-        };
-        let i32s = |data: Option<Vec<i32>>| {
-            data.map(|d| client.upload_slice(&d, &[b, v], device)).transpose().map_err(Error::from)
+        let placement = engine.placement();
+        let of_vocab = engine.model().sharding(cache, &["batch", "vocab"], &[b, v]);
+        let settings = settings.map(|rows| placement.replicate(&rows, &[b, Settings::LEN])).transpose()?;
+        let counts = |counts: Option<Vec<i32>>| {
+            counts.map(|counts| placement.split(&counts, &[b, v], of_vocab.as_ref())).transpose()
         };
         let (token, kept) = match old {
             Some(old) => {
                 (old.token, (old.spec.log_probabilities == spec.log_probabilities).then_some(old.log_probabilities))
             }
-            None => (client.upload_slice(&vec![0i32; b], &[b, 1], device)?, None),
+            None => (placement.replicate(&vec![0i32; b], &[b, 1])?, None),
         };
         let log_probabilities = match (kept, spec.log_probabilities) {
             (Some(kept), _) => kept,
             (None, None) => Vec::new(),
             (None, Some(n)) => vec![
-                client.upload_slice(&vec![0f32; b], &[b, 1], device)?,
-                client.upload_slice(&vec![0i32; b * n], &[b, n], device)?,
-                client.upload_slice(&vec![0f32; b * n], &[b, n], device)?,
+                placement.replicate(&vec![0f32; b], &[b, 1])?,
+                placement.replicate(&vec![0i32; b * n], &[b, n])?,
+                placement.replicate(&vec![0f32; b * n], &[b, n])?,
             ],
         };
         Ok(Draws {
@@ -103,21 +105,21 @@ impl Draws {
             token,
             position,
             log_probabilities,
-            settings: f32s(settings, Settings::LEN)?,
-            seed: spec.random.then(|| client.upload_slice(&seeds, &[b], device)).transpose()?,
-            output_counts: i32s(output_counts)?,
-            prompt_counts: i32s(prompt_counts)?,
-            bias: f32s(bias, v)?,
+            settings,
+            seed: spec.random.then(|| placement.replicate(&seeds, &[b])).transpose()?,
+            output_counts: counts(output_counts)?,
+            prompt_counts: counts(prompt_counts)?,
+            bias: bias.map(|bias| placement.split(&bias, &[b, v], of_vocab.as_ref())).transpose()?,
         })
     }
 
     /// The sampler's arguments, in the order of its declaration.
-    pub(super) fn sampler_args(&self) -> impl Iterator<Item = &Buffer> {
+    pub(super) fn sampler_args(&self) -> impl Iterator<Item = &Array> {
         [&self.settings, &self.seed, &self.prompt_counts, &self.output_counts, &self.bias].into_iter().flatten()
     }
 
     /// Takes what a step returned after the cache.
-    pub(super) fn renew(&mut self, results: Vec<Buffer>) {
+    pub(super) fn renew(&mut self, results: Vec<Array>) {
         let mut results = results.into_iter();
         let mut next = || results.next().expect("the step returns what its output says");
         self.token = next();
@@ -130,8 +132,8 @@ impl Draws {
 
     /// Starts reading what was drawn; `wanted` says for each slot of how many ids the log-probabilities are asked for.
     pub(super) fn read(&self, wanted: Vec<Option<usize>>) -> Result<TokenRead, Error> {
-        let log_probabilities = self.log_probabilities.iter().map(Buffer::to_host_async).collect::<Result<_, _>>()?;
-        Ok(TokenRead { tokens: self.token.to_host_async()?, log_probabilities, wanted })
+        let log_probabilities = self.log_probabilities.iter().map(Array::read).collect::<Result<_, _>>()?;
+        Ok(TokenRead { tokens: self.token.read()?, log_probabilities, wanted })
     }
 }
 
@@ -162,11 +164,14 @@ impl TokenRead {
             Ok(bytes.chunks_exact(4).map(|c| u32::from_ne_bytes([c[0], c[1], c[2], c[3]])).collect())
         };
         let ids = words(self.tokens)?;
-        let mut drawn: Vec<Drawn> =
-            ids.into_iter().map(|id| Drawn { id, log_probability: None, best: Vec::new() }).collect();
+        let mut drawn: Vec<Drawn> = ids
+            .into_iter()
+            .take(self.wanted.len())
+            .map(|id| Drawn { id, log_probability: None, best: Vec::new() })
+            .collect();
         let rest = self.log_probabilities.into_iter().map(words).collect::<Result<Vec<_>, _>>()?;
         if let [own, ids, values] = &rest[..] {
-            let n = ids.len() / drawn.len();
+            let n = ids.len() / own.len();
             for (slot, drawn) in drawn.iter_mut().enumerate() {
                 let Some(count) = self.wanted[slot] else { continue };
                 drawn.log_probability = Some(f32::from_bits(own[slot]));

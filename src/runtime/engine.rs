@@ -7,14 +7,18 @@ use std::time::{Duration, Instant};
 
 use converter::Checkpoint;
 use xla::DType;
-use xla::pjrt::{Buffer, Client, CompileOptions, Device, LoadedExecutable, OptionOverride, Plugin};
+use xla::graph::{Aval, Emission, Module, Platform};
+use xla::pjrt::{Client, LoadedExecutable, Plugin};
 
 use super::exec_cache::{ExecutableCache, Origin};
-use super::program::{self, CacheProgram, StepSpec};
+use super::placement::{Array, ArrayLayout, Placement};
+use super::program::{self, Blueprint, CacheProgram, StepSpec};
+use super::upload::upload;
 use crate::Error;
 use crate::config::ModelConfig;
 use crate::kv_cache::{CacheShape, Pages};
-use crate::params::{self, Llama, Param};
+use crate::params;
+use crate::sharding::MeshShape;
 
 /// How sessions keep their cache.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -29,37 +33,59 @@ pub struct CacheOptions {
 
 impl CacheOptions {
     /// A cache of `batch` slots of at least `len` positions, of parameters in `dtype`.
-    pub fn shape(&self, batch: usize, mut len: usize, dtype: DType) -> CacheShape {
+    pub fn shape(&self, batch: usize, mut len: usize, dtype: DType, platform: Platform) -> CacheShape {
         let pages = self.page_size.map(|size| {
             len = len.next_multiple_of(size);
             Pages { size, count: self.pages.unwrap_or(batch * len / size) }
         });
-        CacheShape { batch, len, dtype: self.dtype.unwrap_or(dtype), pages }
+        CacheShape { batch, len, dtype: self.dtype.unwrap_or(dtype), pages, platform }
+    }
+}
+
+/// How a model is put on its devices.
+#[derive(Clone, Debug)]
+pub struct LoadOptions {
+    /// The type of parameters and products.
+    pub dtype: DType,
+    /// The devices.
+    pub mesh: MeshShape,
+    /// For whom the sharding of programs is written.
+    pub partitioner: Emission,
+    /// Where executables are cached, if they are.
+    pub cache: Option<PathBuf>,
+    /// For what the graph's forms are chosen, if not for the devices it runs on: every form runs everywhere.
+    pub forms: Option<Platform>,
+}
+
+impl LoadOptions {
+    /// `dtype` on one device.
+    pub fn new(dtype: DType, cache: Option<PathBuf>) -> LoadOptions {
+        LoadOptions { dtype, mesh: MeshShape::default(), partitioner: Emission::Shardy, cache, forms: None }
     }
 }
 
 /// A model, ready to run.
 pub struct Engine {
     plugin: Plugin,
-    client: Client,
-    device: Device,
-    cfg: ModelConfig,
-    declared: Llama<Param>,
-    params: Vec<Buffer>,
-    dtype: DType,
+    placement: Placement,
+    model: Blueprint,
+    params: Vec<Array>,
     cache_options: CacheOptions,
     executables: ExecutableCache,
     programs: Mutex<HashMap<StepSpec, Arc<Program>>>,
-    cache_programs: Mutex<HashMap<(CacheProgram, CacheShape), Arc<LoadedExecutable>>>,
+    /// Those of them that came compiled.
+    adopted: Mutex<Vec<StepSpec>>,
+    cache_programs: Mutex<HashMap<(CacheProgram, CacheShape), Arc<Program>>>,
     compiled: Mutex<CompileStats>,
 }
 
 /// A compiled step.
 pub struct Program {
-    /// Loaded on the engine's device.
-    pub executable: LoadedExecutable,
+    /// Loaded on the engine's devices.
+    executable: LoadedExecutable,
     /// Names of the results, the cache first.
     pub results: Vec<String>,
+    layouts: Vec<Arc<ArrayLayout>>,
 }
 
 /// What compiling has cost so far.
@@ -74,32 +100,35 @@ pub struct CompileStats {
 }
 
 impl Engine {
-    /// Uploads `checkpoint` as `dtype` to the first device of `client`. Executables are cached in `cache` if given.
+    /// Puts `checkpoint` on the first devices of `client`.
+    ///
+    /// # Errors
+    /// A mesh that does not divide the model or has more devices than there are (before anything is read); what reading and
+    /// uploading say.
     pub fn load(
         plugin: Plugin,
         client: Client,
         checkpoint: &Checkpoint,
-        dtype: DType,
-        cache: Option<PathBuf>,
+        options: LoadOptions,
         progress: &(dyn Fn(u64, u64) + Sync),
     ) -> Result<Engine, Error> {
-        let device = client.addressable_devices().into_iter().next().ok_or_else(|| Error::Device {
-            name: plugin.path().display().to_string(),
-            what: "the plugin has no device on this machine".into(),
-        })?;
+        let LoadOptions { dtype, mesh, partitioner, cache, forms } = options;
+        let platform = forms.unwrap_or(Platform::named(client.platform_name()));
+        let model = Blueprint::new(checkpoint.config(), checkpoint.params(), dtype, mesh, platform)?
+            .with_partitioner(partitioner);
+        let executables = ExecutableCache::new(cache, &plugin, &client);
+        let placement = Placement::new(client, mesh)?;
         let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
-        let params = params::upload(checkpoint, dtype, &client, &device, threads, progress)?;
+        let params = upload(checkpoint, &model, &placement, threads, progress)?;
         Ok(Engine {
-            executables: ExecutableCache::new(cache, &plugin, &client),
             plugin,
-            client,
-            device,
-            cfg: checkpoint.config().clone(),
-            declared: checkpoint.params().clone(),
+            placement,
+            model,
             params,
-            dtype,
             cache_options: CacheOptions::default(),
+            executables,
             programs: Mutex::default(),
+            adopted: Mutex::default(),
             cache_programs: Mutex::default(),
             compiled: Mutex::default(),
         })
@@ -107,7 +136,7 @@ impl Engine {
 
     /// The model's configuration.
     pub fn config(&self) -> &ModelConfig {
-        &self.cfg
+        &self.model.cfg
     }
 
     /// The same engine with caches kept as `options` say.
@@ -123,7 +152,12 @@ impl Engine {
 
     /// The type of the parameters, and of caches unless [`CacheOptions`] name another.
     pub fn dtype(&self) -> DType {
-        self.dtype
+        self.model.dtype
+    }
+
+    /// The model as its programs are built.
+    pub fn model(&self) -> &Blueprint {
+        &self.model
     }
 
     /// The plugin that runs it.
@@ -131,24 +165,20 @@ impl Engine {
         &self.plugin
     }
 
-    /// The client.
-    pub fn client(&self) -> &Client {
-        &self.client
+    /// The devices.
+    pub fn placement(&self) -> &Placement {
+        &self.placement
     }
 
-    /// The device.
-    pub fn device(&self) -> &Device {
-        &self.device
-    }
-
-    /// Parameters on the device, in tree order.
-    pub fn params(&self) -> &[Buffer] {
+    /// Parameters on the devices, in tree order.
+    pub fn params(&self) -> &[Array] {
         &self.params
     }
 
     /// Bytes of all parameters as they are on the device.
     pub fn weight_bytes(&self) -> u64 {
-        self.declared.iter().iter().map(|p| (p.elements() * params::device_dtype(p, self.dtype).size()) as u64).sum()
+        let Blueprint { params, dtype, platform, .. } = &self.model;
+        params.iter().iter().map(|p| (p.elements() * params::device_dtype(p, *dtype, *platform).size()) as u64).sum()
     }
 
     /// What compiling has cost so far.
@@ -162,11 +192,33 @@ impl Engine {
             return Ok(found.clone());
         }
         let started = Instant::now();
-        let module = program::build(spec, &self.declared, self.dtype, &self.cfg)?;
-        let results = module.outputs().iter().map(|o| o.name.clone()).collect();
-        let program = Arc::new(Program { executable: self.compile(&module.stablehlo(), started)?, results });
+        let program = Arc::new(self.compile(&program::build(spec, &self.model)?, started)?);
         lock(&self.programs).insert(*spec, program.clone());
         Ok(program)
+    }
+
+    /// Takes a step that was compiled elsewhere, for use in place of any that it covers.
+    pub fn adopt(&self, spec: StepSpec, module: &Module, executable: LoadedExecutable) {
+        lock(&self.programs).insert(spec, Arc::new(self.loaded(module, executable)));
+        lock(&self.adopted).push(spec);
+    }
+
+    /// The adopted step that does what `spec` does, or `spec` itself: a decode step may read more positions than are used.
+    pub fn covering(&self, spec: StepSpec) -> StepSpec {
+        let covers = |own: &&StepSpec| {
+            let reads = if spec.tokens == 1 { own.read_len >= spec.read_len } else { own.read_len == spec.read_len };
+            reads && StepSpec { read_len: spec.read_len, ..**own } == spec
+        };
+        let adopted = lock(&self.adopted);
+        adopted.iter().filter(covers).min_by_key(|own| own.read_len).copied().unwrap_or(spec)
+    }
+
+    /// The adopted prefill for a text of `len` tokens: the smallest that takes them all, else the largest.
+    pub fn adopted_prefill(&self, cache: CacheShape, len: usize) -> Option<usize> {
+        let adopted = lock(&self.adopted);
+        let sizes = adopted.iter().filter(|own| own.cache == cache && own.tokens > 1);
+        let sizes: Vec<usize> = sizes.map(|own| own.tokens).collect();
+        sizes.iter().filter(|size| **size >= len).min().or(sizes.iter().max()).copied()
     }
 
     /// Gets several programs at once, each on a thread of its own.
@@ -182,38 +234,43 @@ impl Engine {
     }
 
     /// A program over a cache alone, with its arguments and results in the order of [`crate::kv_cache::KvCache::iter`].
-    pub fn cache_program(&self, program: CacheProgram, shape: CacheShape) -> Result<Arc<LoadedExecutable>, Error> {
+    pub fn cache_program(&self, program: CacheProgram, shape: CacheShape) -> Result<Arc<Program>, Error> {
         if let Some(found) = lock(&self.cache_programs).get(&(program, shape)) {
             return Ok(found.clone());
         }
         let started = Instant::now();
-        let module = program::build_cache_program(program, shape, &self.cfg)?;
-        let executable = Arc::new(self.compile(&module.stablehlo(), started)?);
-        lock(&self.cache_programs).insert((program, shape), executable.clone());
-        Ok(executable)
+        let module = program::build_cache_program(program, shape, &self.model)?;
+        let compiled = Arc::new(self.compile(&module, started)?);
+        lock(&self.cache_programs).insert((program, shape), compiled.clone());
+        Ok(compiled)
     }
 
-    fn compile(&self, text: &str, started: Instant) -> Result<LoadedExecutable, Error> {
-        let (executable, origin) = self.executables.get(&self.client, text, &compile_options(&self.client))?;
+    fn compile(&self, module: &Module, started: Instant) -> Result<Program, Error> {
+        let options = self.placement.assign(self.model.compile_options());
+        let (executable, origin) =
+            self.executables.get(self.placement.client(), &self.model.stablehlo(module), &options)?;
         let mut stats = lock(&self.compiled);
         stats.time += started.elapsed();
         match origin {
             Origin::Compiled => stats.compiled += 1,
             Origin::Cached => stats.cached += 1,
         }
-        Ok(executable)
+        Ok(self.loaded(module, executable))
     }
-}
 
-/// Options for every program. On a CPU with 512-bit vectors LLVM prefers 256 bits unless told, and a one-row product in
-/// f32 gains 3 to 10 %; and XLA:CPU's fast minimum and maximum would drop NaN, which StableHLO keeps.
-pub fn compile_options(client: &Client) -> CompileOptions {
-    let mut options = CompileOptions::default();
-    if client.platform_name().eq_ignore_ascii_case("cpu") {
-        options.env_options.insert("xla_cpu_prefer_vector_width".into(), OptionOverride::Int(512));
-        options.env_options.insert("xla_cpu_enable_fast_min_max".into(), OptionOverride::Bool(false));
+    fn loaded(&self, module: &Module, executable: LoadedExecutable) -> Program {
+        let results = module.outputs().iter().map(|output| output.name.clone()).collect();
+        let layouts = module.outputs().iter().map(|output| {
+            let Aval { dtype, shape } = &output.aval;
+            self.placement.layout(*dtype, shape, output.sharding.as_ref())
+        });
+        Program { executable, results, layouts: layouts.collect() }
     }
-    options
+
+    /// Runs a program over `args`.
+    pub fn execute(&self, program: &Program, args: &[&Array]) -> Result<Vec<Array>, Error> {
+        self.placement.execute(&program.executable, args, &program.layouts)
+    }
 }
 
 /// The data behind these locks is valid whatever happened to the thread that held them.

@@ -1,21 +1,27 @@
-//! Compiled executables on disk: `<cache>/executables/<key>`, where the key is a hash of everything that decides the
-//! machine code. An entry that does not check out is recompiled, never trusted; a cache that cannot be written is no error.
+//! Compiled executables on disk, under a key that is a hash of everything that decides the machine code. An entry that
+//! does not check out is recompiled, never trusted; a cache that cannot be written is no error.
+
+mod entry;
+mod limit;
+mod store;
 
 use std::fs;
-use std::io::Write;
 use std::path::PathBuf;
+use std::time::Instant;
 
 use sha2::{Digest, Sha256};
 use xla::pjrt::{Client, CompileOptions, LoadedExecutable, Plugin};
 
 use crate::Error;
 
-const MAGIC: &[u8; 16] = b"xllama-exec-v1\n\0";
+pub use entry::Header;
+pub use limit::{VARIABLE, limit};
+pub use store::{Entry, Freed, Store};
 
 /// The cache of one plugin and machine.
 #[derive(Clone, Debug)]
 pub struct ExecutableCache {
-    folder: Option<PathBuf>,
+    store: Option<Store>,
     platform: Vec<u8>,
 }
 
@@ -50,25 +56,31 @@ impl ExecutableCache {
             platform.extend(part.as_bytes());
             platform.push(0);
         }
-        ExecutableCache { folder, platform }
+        ExecutableCache { store: folder.map(Store::new), platform }
     }
 
     /// The executable of `text`, from the cache or compiled (and then stored).
+    ///
+    /// # Errors
+    /// The plugin does not compile it, or [`VARIABLE`] is no limit.
     pub fn get(
         &self,
         client: &Client,
         text: &str,
         options: &CompileOptions,
     ) -> Result<(LoadedExecutable, Origin), Error> {
-        let path = self.folder.as_ref().map(|f| f.join(self.key(text, options)));
-        if let Some(executable) = path.as_ref().and_then(|p| self.load(client, p)) {
+        let Some(store) = &self.store else { return Ok((client.compile(text, options)?, Origin::Compiled)) };
+        let limit = limit()?;
+        let key = self.key(text, options);
+        if let Some(executable) = load(client, store, &key) {
             return Ok((executable, Origin::Cached));
         }
         let executable = client.compile(text, options)?;
-        if let Some(path) = path
-            && let Err(why) = store(&path, &executable)
+        let header = Header::of(text, client.platform_name());
+        if limit > 0
+            && let Err(why) = put(store, &key, &header, &executable, limit)
         {
-            tracing::warn!("executable not cached in {}: {why}", path.display());
+            tracing::warn!("executable not cached in {}: {why}", store.path(&key).display());
         }
         Ok((executable, Origin::Compiled))
     }
@@ -81,33 +93,44 @@ impl ExecutableCache {
         hash.update(text);
         hex(&hash.finalize())
     }
-
-    fn load(&self, client: &Client, path: &PathBuf) -> Option<LoadedExecutable> {
-        let bytes = fs::read(path).ok()?;
-        let body = bytes.strip_prefix(MAGIC).and_then(|rest| rest.split_at_checked(32));
-        let reason = match body {
-            Some((sum, body)) if Sha256::digest(body).as_slice() == sum => match client.deserialize(body) {
-                Ok(executable) => return Some(executable),
-                Err(why) => why.to_string(),
-            },
-            _ => "damaged".to_string(),
-        };
-        tracing::warn!("cached executable {} is not used ({reason}); compiling again", path.display());
-        None
-    }
 }
 
-fn store(path: &PathBuf, executable: &LoadedExecutable) -> Result<(), Box<dyn std::error::Error>> {
-    let folder = path.parent().ok_or("no parent folder")?;
-    fs::create_dir_all(folder)?;
-    let body = executable.serialize()?;
-    let mut file = tempfile::NamedTempFile::new_in(folder)?;
-    file.write_all(MAGIC)?;
-    file.write_all(&Sha256::digest(&body))?;
-    file.write_all(&body)?;
-    file.as_file().sync_all()?;
-    file.persist(path)?;
-    Ok(())
+fn load(client: &Client, store: &Store, key: &str) -> Option<LoadedExecutable> {
+    let path = store.path(key);
+    let started = Instant::now();
+    let bytes = fs::read(&path).ok()?;
+    let read = started.elapsed();
+    let body = entry::body(&bytes);
+    let checked = started.elapsed();
+    let reason = match body.map(|body| client.deserialize(body)) {
+        Some(Ok(executable)) => {
+            let loaded = started.elapsed();
+            tracing::debug!(
+                "{}: {} bytes read in {read:?}, checked in {:?}, loaded by the plugin in {:?}",
+                path.display(),
+                bytes.len(),
+                checked - read,
+                loaded - checked
+            );
+            // Where this cannot be noted, the entry is evicted the sooner: no harm.
+            let _ = store.touch(key);
+            return Some(executable);
+        }
+        Some(Err(why)) => why.to_string(),
+        None => "damaged".to_string(),
+    };
+    tracing::warn!("cached executable {} is not used ({reason}); compiling again", path.display());
+    None
+}
+
+fn put(
+    store: &Store,
+    key: &str,
+    header: &Header,
+    executable: &LoadedExecutable,
+    limit: u64,
+) -> Result<(), Box<dyn std::error::Error>> {
+    Ok(store.put(key, header, &executable.serialize()?, limit)?)
 }
 
 /// The processor's name and feature flags: machine code for one set must not be loaded where another is found.

@@ -3,12 +3,15 @@
 pub mod device;
 mod draws;
 mod engine;
-mod exec_cache;
+pub mod exec_cache;
+mod placement;
 mod program;
 mod session;
+mod upload;
 
 pub use draws::{Drawn, TokenRead};
-pub use engine::{CacheOptions, CompileStats, Engine, Program, compile_options};
+pub use engine::{CacheOptions, CompileStats, Engine, LoadOptions, Program};
 pub use exec_cache::hex;
-pub use program::{Output, StepSpec, build};
+pub use placement::{Array, ArrayLayout, Placement};
+pub use program::{Blueprint, Output, StepSpec, build, compile_options, read_len};
 pub use session::{Best, CHUNKS, Session, cache_len, chunked_logits};

@@ -2,7 +2,8 @@
 //! checkers need. All have the same head of arguments: parameters, cache, tokens, position.
 
 use xla::DType;
-use xla::graph::{Graph, Module, Tensor};
+use xla::graph::{Emission, Graph, Module, Platform, Sharding, Tensor};
+use xla::pjrt::{CompileOptions, OptionOverride};
 
 use crate::Error;
 use crate::config::ModelConfig;
@@ -10,6 +11,7 @@ use crate::generation::sampling::{SamplerArgs, SamplerSpec, best, log_softmax, s
 use crate::kv_cache::{CacheShape, KvCache, Layout, Place};
 use crate::model;
 use crate::params::{self, Llama, Param};
+use crate::sharding::MeshShape;
 
 /// What a step gives back besides the cache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -50,6 +52,116 @@ impl StepSpec {
     }
 }
 
+/// A model as programs are built of it.
+#[derive(Clone, Debug)]
+pub struct Blueprint {
+    /// Its configuration, with as many key/value heads as the mesh needs.
+    pub cfg: ModelConfig,
+    /// Its parameters with the shapes that they have on the mesh: key/value heads repeated, vocabulary padded.
+    pub params: Llama<Param>,
+    /// The type of parameters, products and, unless it is said otherwise, the cache.
+    pub dtype: DType,
+    /// The devices.
+    pub mesh: MeshShape,
+    /// What they are.
+    pub platform: Platform,
+    /// For whom the sharding is written.
+    pub partitioner: Emission,
+}
+
+impl Blueprint {
+    /// A model of these parameters on a mesh.
+    ///
+    /// # Errors
+    /// Those of [`MeshShape::check`].
+    pub fn new(
+        cfg: &ModelConfig,
+        params: &Llama<Param>,
+        dtype: DType,
+        mesh: MeshShape,
+        platform: Platform,
+    ) -> Result<Blueprint, Error> {
+        mesh.check(cfg)?;
+        let params = params::on_mesh(params, cfg, mesh);
+        let n_kv_heads = mesh.kv_heads(cfg);
+        let mut cfg = cfg.clone();
+        cfg.n_kv_heads = n_kv_heads;
+        Ok(Blueprint { cfg, params, dtype, mesh, platform, partitioner: Emission::Shardy })
+    }
+
+    /// The same with sharding written for another partitioner.
+    pub fn with_partitioner(self, partitioner: Emission) -> Blueprint {
+        Blueprint { partitioner, ..self }
+    }
+
+    /// A program's text as its compiler takes it.
+    pub fn stablehlo(&self, module: &Module) -> String {
+        module.stablehlo_with(self.partitioner)
+    }
+
+    /// How its programs are compiled.
+    pub fn compile_options(&self) -> CompileOptions {
+        let options = compile_options(self.platform);
+        match self.mesh.devices() {
+            1 => options,
+            devices => CompileOptions {
+                use_shardy_partitioner: self.partitioner == Emission::Shardy,
+                env_options: options.env_options,
+                ..CompileOptions::sharded(devices)
+            },
+        }
+    }
+
+    /// V with the padding that the mesh asks for.
+    pub fn vocab(&self) -> usize {
+        self.mesh.vocab(&self.cfg)
+    }
+
+    /// How an array with these logical axes lies on the mesh in programs over `cache`; `None` without a mesh.
+    pub fn sharding(&self, cache: &CacheShape, logical: &[&str], dims: &[usize]) -> Option<Sharding> {
+        self.mesh.rules(cache, 1).resolve(&self.mesh.mesh()?, logical, dims).ok()
+    }
+
+    /// An empty graph of a program over `tokens` tokens of each slot of `cache`.
+    fn graph(&self, name: &str, cache: &CacheShape, tokens: usize) -> Graph {
+        let g = Graph::new(name);
+        g.set_platform(self.platform);
+        if let Some(mesh) = self.mesh.mesh() {
+            g.set_mesh(mesh, self.mesh.rules(cache, tokens));
+            // Loops and slices between its custom calls crash GSPMD in the builds that were tried.
+            g.without_manual(self.partitioner == Emission::Gspmd);
+        }
+        g
+    }
+}
+
+/// Options for every program of one device. On a CPU with 512-bit vectors LLVM prefers 256 bits unless told, and a one-row
+/// product in f32 gains 3 to 10 %; and XLA:CPU's fast minimum and maximum would drop NaN, which StableHLO keeps.
+pub fn compile_options(platform: Platform) -> CompileOptions {
+    let mut options = CompileOptions::default();
+    if platform == Platform::Cpu {
+        options.env_options.insert("xla_cpu_prefer_vector_width".into(), OptionOverride::Int(512));
+        options.env_options.insert("xla_cpu_enable_fast_min_max".into(), OptionOverride::Bool(false));
+    }
+    options
+}
+
+/// Decode reads the cache up to a power of two from here on, so that a long cache costs only what is in it.
+const READ_MIN: usize = 512;
+
+/// Cache positions that a step over `tokens` tokens reads which ends at position `end`: coarse steps, so that few programs serve
+/// many lengths. What begins at position 0 sees itself only; rings are read whole, so that one program serves a model that has
+/// nothing else.
+pub fn read_len(cache: &CacheShape, cfg: &ModelConfig, tokens: usize, end: usize) -> usize {
+    let rings = cfg.layers.iter().all(|layer| matches!(cache.layout(layer), Layout::Ring { .. }));
+    let least = if tokens == 1 { READ_MIN } else { tokens };
+    match (rings, end == tokens && tokens > 1) {
+        (true, _) => cache.len,
+        (_, true) => tokens,
+        _ => end.max(least).next_power_of_two().min(cache.len),
+    }
+}
+
 /// Builds the step as a module.
 ///
 /// Arguments: parameters (in declaration order), cache (donated), tokens (B, S), position (B), the table of pages (B, N) where the
@@ -57,7 +169,8 @@ impl StepSpec {
 /// of the S tokens count. Prefill with [`Output::Token`] adds `last` (B), 1 where the prompt ends here, and `token` (B, 1), kept
 /// where it does not; then the sampler's. Results: cache, then what [`Output`] says, tokens and positions first, the
 /// sampler's counts last.
-pub fn build(spec: &StepSpec, params: &Llama<Param>, dtype: DType, cfg: &ModelConfig) -> Result<Module, Error> {
+pub fn build(spec: &StepSpec, model: &Blueprint) -> Result<Module, Error> {
+    let cfg = &model.cfg;
     let name = match spec.output {
         Output::Token(_) if spec.is_decode() => "decode",
         Output::Token(_) => "prefill",
@@ -65,9 +178,9 @@ pub fn build(spec: &StepSpec, params: &Llama<Param>, dtype: DType, cfg: &ModelCo
         Output::Logits => "logits",
         Output::Activations => "activations",
     };
-    let g = Graph::new(name);
+    let g = model.graph(name, &spec.cache, spec.tokens);
     g.inline_calls(spec.output == Output::Activations);
-    let p = params::declare_args(&g, params, dtype);
+    let p = params::declare_args(&g, &model.params, model.dtype);
     let cache = KvCache::declare(&g, spec.cache, cfg);
     let (b, s) = (spec.cache.batch, spec.tokens);
     let tokens = g.arg("tokens", DType::I32, &[b, s]);
@@ -88,7 +201,7 @@ pub fn build(spec: &StepSpec, params: &Llama<Param>, dtype: DType, cfg: &ModelCo
         Output::Best { count, hidden } => {
             let states = step.forward(&g);
             let last = step.last(&states);
-            let logits = model::lm_head(&p, &last, cfg).reshape(&[b, cfg.vocab_size]);
+            let logits = model::lm_head(&p, &last, cfg).reshape(&[b, p.embedding.dim(0)]);
             let (ids, log_probabilities) = best(&log_softmax(&logits), count);
             g.output("ids", &ids);
             g.output("log_probabilities", &log_probabilities);
@@ -98,7 +211,7 @@ pub fn build(spec: &StepSpec, params: &Llama<Param>, dtype: DType, cfg: &ModelCo
         }
         Output::Logits | Output::Activations => {
             let hidden = step.forward(&g);
-            g.output("logits", &model::lm_head(&p, &hidden, cfg));
+            g.output_sharded("logits", &model::lm_head(&p, &hidden, cfg), &["batch", "sequence", "vocab"]);
             if spec.output == Output::Activations {
                 for (name, value) in g.taps().into_iter().filter(|(name, _)| name != "logits") {
                     g.output(&name, &value);
@@ -141,7 +254,7 @@ impl Step<'_> {
     fn token(&self, g: &Graph, sampler: SamplerSpec) {
         let b = self.spec.cache.batch;
         let prefill = (!self.spec.is_decode()).then(|| Prefill::declare(g, b, &sampler));
-        let args = SamplerArgs::declare(g, sampler, b, self.cfg.vocab_size);
+        let args = SamplerArgs::declare(g, sampler, b, self.p.embedding.dim(0));
         let hidden = self.forward(g);
 
         // Only the last position that counts goes through the head.
@@ -149,7 +262,7 @@ impl Step<'_> {
             Some(valid) => &self.place.first + valid,
             None => &self.place.first + 1i64,
         };
-        let logits = model::lm_head(self.p, &self.last(&hidden), self.cfg).reshape(&[b, self.cfg.vocab_size]);
+        let logits = model::lm_head(self.p, &self.last(&hidden), self.cfg).reshape(&[b, self.p.embedding.dim(0)]);
         let sampled = sample(&logits, &next, &args);
         let token = sampled.reshape(&[b, 1]);
         let token = match &prefill {
@@ -211,6 +324,13 @@ impl Prefill {
 fn last_row(hidden: &Tensor, valid: &Tensor) -> Tensor {
     let g = hidden.graph();
     let (b, m) = (hidden.dim(0), hidden.dim(2));
+    if g.mesh().is_some() {
+        // A slice would first gather what is split; a sum with one term is exact.
+        let place = g.iota(DType::I32, &hidden.shape()[..2], 1);
+        let last = place.eq(&(valid - 1i64).maximum(0).broadcast(place.shape(), &[0]));
+        let row = last.broadcast(hidden.shape(), &[0, 1]).select(hidden, 0.0).sum_keep(&[1]);
+        return row.shard(["batch", "", "hidden"]);
+    }
     let zero = g.scalar(0i64, DType::I32);
     let rows: Vec<Tensor> = (0..b)
         .map(|i| {
@@ -236,17 +356,18 @@ pub enum CacheProgram {
 }
 
 /// Builds a program over the cache alone, which is donated and given back.
-pub fn build_cache_program(program: CacheProgram, shape: CacheShape, cfg: &ModelConfig) -> Result<Module, Error> {
+pub fn build_cache_program(program: CacheProgram, shape: CacheShape, model: &Blueprint) -> Result<Module, Error> {
+    let cfg = &model.cfg;
     let arrays = || {
         let layers = cfg.layers.iter().enumerate();
         layers.flat_map(|(i, layer)| {
             shape.arrays(cfg, layer).into_iter().map(move |array| (i, shape.layout(layer), array))
         })
     };
-    let g = Graph::new("cache");
+    let g = model.graph("cache", &shape, 1);
     if program == CacheProgram::New {
-        for (i, _, (part, dtype, dims)) in arrays() {
-            g.output(&format!("cache/{i}/{part}"), &g.full(0.0, dtype, &dims));
+        for (i, layout, (part, dtype, dims)) in arrays() {
+            g.output_sharded(&format!("cache/{i}/{part}"), &g.full(0.0, dtype, &dims), layout.axes(shape.platform));
         }
         return Ok(g.finish()?);
     }

@@ -2,12 +2,10 @@
 
 use std::sync::Arc;
 
-use xla::DType;
-use xla::pjrt::{Buffer, HostData};
-
 use super::draws::{Draws, TokenRead};
 use super::engine::{Engine, Program};
-use super::program::{CacheProgram, Output, StepSpec};
+use super::placement::Array;
+use super::program::{Blueprint, CacheProgram, Output, StepSpec, read_len};
 use crate::Error;
 use crate::config;
 use crate::generation::options::SamplingOptions;
@@ -23,21 +21,20 @@ pub fn cache_len(len: usize) -> usize {
 /// Tokens per run of prefill, largest first: whole chunks of the first, then the smallest that holds the rest.
 pub const CHUNKS: [usize; 3] = [512, 128, 32];
 
-/// Decode reads the cache up to a power of two from here on, so that a long cache costs only what is in it.
-const READ_MIN: usize = 512;
-
 /// B sequences that share programs and cache arrays. Each slot starts, grows and is freed by itself.
 pub struct Session<'e> {
     engine: &'e Engine,
+    /// Slots that are there for callers; a mesh may ask for more, which stay empty.
+    batch: usize,
     shape: CacheShape,
-    cache: Vec<Buffer>,
+    cache: Vec<Array>,
     slots: Slots,
     /// For each slot, the length that set its rotary frequencies.
     rope_len: Vec<usize>,
     /// For each rotary embedding that depends on the length, its frequencies (B, D/2).
-    frequencies: Vec<Arc<Buffer>>,
+    frequencies: Vec<Arc<Array>>,
     /// The table of pages as it was last sent to the device.
-    table: Option<(Vec<i32>, Arc<Buffer>)>,
+    table: Option<(Vec<i32>, Arc<Array>)>,
     /// How the slots that were started draw their tokens.
     sampling: Vec<Option<SamplingOptions>>,
     state: Option<Draws>,
@@ -59,27 +56,32 @@ impl<'e> Session<'e> {
     ///
     /// [`CacheOptions`]: super::CacheOptions
     pub fn new(engine: &'e Engine, batch: usize, len: usize) -> Result<Session<'e>, Error> {
-        let shape = engine.cache_options().shape(batch, cache_len(len), engine.dtype());
-        let cache = engine.cache_program(CacheProgram::New, shape)?.execute(&[])?;
+        let shape = {
+            let Blueprint { mesh, dtype, platform, .. } = engine.model();
+            engine.cache_options().shape(mesh.batch(batch), cache_len(len), *dtype, *platform)
+        };
+        engine.model().mesh.check_cache(&shape)?;
+        let cache = engine.execute(&*engine.cache_program(CacheProgram::New, shape)?, &[])?;
         let slots = Slots::new(&shape, &engine.config().windows());
         let mut session = Session {
             engine,
+            batch,
             shape,
             cache,
             slots,
-            rope_len: vec![0; batch],
+            rope_len: vec![0; shape.batch],
             frequencies: Vec::new(),
             table: None,
-            sampling: vec![None; batch],
+            sampling: vec![None; shape.batch],
             state: None,
         };
         session.upload_frequencies()?;
         Ok(session)
     }
 
-    /// The cache's shape.
+    /// The cache's shape, without slots that only the mesh asks for.
     pub fn cache_shape(&self) -> CacheShape {
-        self.shape
+        CacheShape { batch: self.batch, ..self.shape }
     }
 
     /// The engine that runs it.
@@ -89,7 +91,9 @@ impl<'e> Session<'e> {
 
     /// Tokens in each slot.
     pub fn used(&self) -> Vec<usize> {
-        self.slots.all_used()
+        let mut used = self.slots.all_used();
+        used.truncate(self.batch);
+        used
     }
 
     /// What stands in the slots.
@@ -143,7 +147,7 @@ impl<'e> Session<'e> {
             return Ok(0);
         };
         if from != slot {
-            let mut parents: Vec<usize> = (0..self.shape.batch).collect();
+            let mut parents: Vec<usize> = (0..self.batch).collect();
             parents[slot] = from;
             self.reorder(&parents)?;
         }
@@ -154,14 +158,15 @@ impl<'e> Session<'e> {
     /// Slot i becomes a copy of slot `parents[i]`, as beam search needs it. The tokens drawn last stay where they are: what comes
     /// next is a prompt or [`Session::best`], not [`Session::decode`].
     pub fn reorder(&mut self, parents: &[usize]) -> Result<(), Error> {
-        let CacheShape { batch, .. } = self.shape;
+        let batch = self.batch;
         if parents.len() != batch || parents.iter().any(|&parent| parent >= batch) {
             return Err(Error::Empty(format!("{batch} slots cannot be copies of slots {parents:?}")));
         }
         if parents.iter().enumerate().all(|(i, &parent)| i == parent) {
             return Ok(());
         }
-        self.slots.reorder(parents);
+        let parents: Vec<usize> = parents.iter().copied().chain(batch..self.shape.batch).collect();
+        self.slots.reorder(&parents);
         self.rope_len = parents.iter().map(|&parent| self.rope_len[parent]).collect();
         self.upload_frequencies()?;
         // Where all layers are paged, sharing the pages is all there is to do.
@@ -173,10 +178,10 @@ impl<'e> Session<'e> {
         Ok(())
     }
 
-    fn run_cache_program(&mut self, program: CacheProgram, more: &[&Buffer]) -> Result<(), Error> {
-        let executable = self.engine.cache_program(program, self.shape)?;
-        let args: Vec<&Buffer> = self.cache.iter().chain(more.iter().copied()).collect();
-        self.cache = executable.execute(&args)?;
+    fn run_cache_program(&mut self, program: CacheProgram, more: &[&Array]) -> Result<(), Error> {
+        let program = self.engine.cache_program(program, self.shape)?;
+        let args: Vec<&Array> = self.cache.iter().chain(more.iter().copied()).collect();
+        self.cache = self.engine.execute(&program, &args)?;
         Ok(())
     }
 
@@ -185,21 +190,23 @@ impl<'e> Session<'e> {
     pub fn logits(&mut self, tokens: &[Vec<u32>], padded: usize) -> Result<Vec<f32>, Error> {
         let outputs = self.run(tokens, padded, Output::Logits)?;
         let logits = outputs[0].1.to_vec::<f32>()?;
-        let v = self.engine.config().vocab_size;
-        let rows = logits.chunks(padded * v).zip(tokens);
-        Ok(rows.flat_map(|(slot, row)| &slot[..row.len() * v]).copied().collect())
+        let (v, on_mesh) = (self.engine.config().vocab_size, self.engine.model().vocab());
+        let rows = logits.chunks(padded * on_mesh).zip(tokens);
+        let rows = rows.flat_map(|(slot, row)| slot[..row.len() * on_mesh].chunks(on_mesh));
+        Ok(rows.flat_map(|row| &row[..v]).copied().collect())
     }
 
     /// As [`Session::logits`], with every named value of the model: `logits`, `layers.0/attention/q`, ….
-    pub fn activations(&mut self, tokens: &[Vec<u32>]) -> Result<Vec<(String, Buffer)>, Error> {
+    pub fn activations(&mut self, tokens: &[Vec<u32>]) -> Result<Vec<(String, Array)>, Error> {
         let s = tokens.first().map_or(0, Vec::len);
         self.run(tokens, s, Output::Activations)
     }
 
     /// Appends `tokens` (one row of ids for each slot) and returns the likeliest ids after each.
     pub fn best(&mut self, tokens: &[Vec<u32>], count: usize, hidden: bool) -> Result<Vec<Best>, Error> {
-        self.check_whole(tokens)?;
-        self.set_rope_len(tokens)?;
+        let all = self.on_mesh(tokens);
+        self.check_whole(&all)?;
+        self.set_rope_len(&all)?;
         let longest = tokens.iter().map(Vec::len).max().unwrap_or(0);
         let m = self.engine.config().d_model;
         let mut found = vec![Best::default(); tokens.len()];
@@ -225,16 +232,17 @@ impl<'e> Session<'e> {
     }
 
     /// The program's results after the cache, with their names.
-    fn run(&mut self, tokens: &[Vec<u32>], padded: usize, output: Output) -> Result<Vec<(String, Buffer)>, Error> {
+    fn run(&mut self, tokens: &[Vec<u32>], padded: usize, output: Output) -> Result<Vec<(String, Array)>, Error> {
         let longest = tokens.iter().map(Vec::len).max().unwrap_or(0);
-        if longest == 0 || longest > padded || tokens.len() != self.shape.batch {
+        if longest == 0 || longest > padded || tokens.len() != self.batch {
             let rows: Vec<usize> = tokens.iter().map(Vec::len).collect();
-            let slots = self.shape.batch;
+            let slots = self.batch;
             return Err(Error::Empty(format!(
                 "{slots} slots need a row each of at most {padded} ids, not all empty; found lengths {rows:?}"
             )));
         }
         self.state = None;
+        let tokens = &self.on_mesh(tokens);
         self.set_rope_len(tokens)?;
         let (args, end) = self.step_args(tokens, padded)?;
         let program = self.engine.program(&self.spec(padded, end, output))?;
@@ -244,9 +252,9 @@ impl<'e> Session<'e> {
     }
 
     /// Runs a program over parameters, cache and `args`; the cache is renewed, the other results are returned.
-    fn execute(&mut self, program: &Program, args: &[&Buffer]) -> Result<Vec<Buffer>, Error> {
-        let all: Vec<&Buffer> = self.engine.params().iter().chain(&self.cache).chain(args.iter().copied()).collect();
-        let mut outputs = program.executable.execute(&all)?;
+    fn execute(&mut self, program: &Program, args: &[&Array]) -> Result<Vec<Array>, Error> {
+        let all: Vec<&Array> = self.engine.params().iter().chain(&self.cache).chain(args.iter().copied()).collect();
+        let mut outputs = self.engine.execute(program, &all)?;
         let rest = outputs.split_off(self.cache.len());
         self.cache = outputs;
         Ok(rest)
@@ -263,7 +271,7 @@ impl<'e> Session<'e> {
 
     /// Tokens, positions, table, frequencies, and how many tokens count: the arguments after the cache of a step over
     /// `size` tokens per slot; and the position where the furthest slot ends.
-    fn step_args(&mut self, rows: &[Vec<u32>], size: usize) -> Result<(Vec<Arc<Buffer>>, usize), Error> {
+    fn step_args(&mut self, rows: &[Vec<u32>], size: usize) -> Result<(Vec<Arc<Array>>, usize), Error> {
         let end = self.furthest_of(rows) + size;
         self.check_room("these tokens", end)?;
         let ends = self.ends(rows);
@@ -275,7 +283,7 @@ impl<'e> Session<'e> {
     }
 
     /// Makes room for the first `lens` positions of each slot and returns the table of pages, if there is one.
-    fn reserve(&mut self, lens: &[usize]) -> Result<Option<Arc<Buffer>>, Error> {
+    fn reserve(&mut self, lens: &[usize]) -> Result<Option<Arc<Array>>, Error> {
         let copies = self.slots.reserve(lens)?;
         let Some(table) = self.slots.table() else { return Ok(None) };
         let Pages { count, .. } = self.shape.pages.expect("a table comes with pages");
@@ -295,7 +303,7 @@ impl<'e> Session<'e> {
             return Ok(Some(buffer.clone()));
         }
         let dims = [self.shape.batch, self.shape.table_len()];
-        let buffer = Arc::new(self.engine.client().upload_slice(&table, &dims, Some(self.engine.device()))?);
+        let buffer = Arc::new(self.engine.placement().replicate(&table, &dims)?);
         self.table = Some((table, buffer.clone()));
         Ok(Some(buffer))
     }
@@ -323,11 +331,7 @@ impl<'e> Session<'e> {
         let upload = |rope: &config::Rope| {
             let rows: Vec<f32> = self.rope_len.iter().flat_map(|&len| rope.inv_freq(len)).collect();
             let dims = [self.shape.batch, rope.dim / 2];
-            self.engine
-                .client()
-                .upload_slice(&rows, &dims, Some(self.engine.device()))
-                .map(Arc::new)
-                .map_err(Error::from)
+            self.engine.placement().replicate(&rows, &dims).map(Arc::new)
         };
         self.frequencies = ropes.map(upload).collect::<Result<_, _>>()?;
         Ok(())
@@ -341,15 +345,16 @@ impl<'e> Session<'e> {
         sampling: &[SamplingOptions],
         chunk: Option<usize>,
     ) -> Result<(), Error> {
-        if prompts.len() != self.shape.batch || sampling.len() != prompts.len() {
-            let (b, p, s) = (self.shape.batch, prompts.len(), sampling.len());
+        if prompts.len() != self.batch || sampling.len() != prompts.len() {
+            let (b, p, s) = (self.batch, prompts.len(), sampling.len());
             return Err(Error::Empty(format!("{b} slots, {p} prompts and {s} samplings")));
         }
         if let Some(slot) = prompts.iter().position(Vec::is_empty) {
             return Err(Error::Empty(format!("the prompt of slot {slot} has no tokens")));
         }
         self.state = None;
-        self.append(prompts, sampling.iter().cloned().map(Some).collect(), chunk)
+        let sampling: Vec<_> = sampling.iter().cloned().map(Some).collect();
+        self.append(&self.on_mesh(prompts), self.on_mesh(&sampling), chunk)
     }
 
     /// Appends `prompt` to one slot and draws the token that follows it, while the others stand still: their last tokens
@@ -379,18 +384,25 @@ impl<'e> Session<'e> {
         let longest = prompts.iter().map(Vec::len).max().unwrap_or(0);
         let mut done = 0;
         while done < longest {
-            let room = self.shape.len - self.furthest_of(prompts).min(self.shape.len);
-            let size = chunk.map_or_else(|| next_chunk(longest - done, room), |chunk| chunk.max(2));
+            let start = self.furthest_of(prompts);
+            let size = chunk.map_or_else(|| self.chunk(start, longest - done), |chunk| chunk.max(2));
             self.prefill_chunk(prompts, done, size)?;
             done += size;
         }
         Ok(())
     }
 
+    /// What is said of each slot, with nothing for those that only the mesh asks for.
+    fn on_mesh<T: Clone + Default>(&self, slots: &[T]) -> Vec<T> {
+        let mut all = slots.to_vec();
+        all.resize(self.shape.batch, T::default());
+        all
+    }
+
     /// Where each slot ends after `rows`; 0 for those that get nothing.
     fn ends(&self, rows: &[Vec<u32>]) -> Vec<usize> {
         let end = |(used, row): (usize, &Vec<u32>)| if row.is_empty() { 0 } else { used + row.len() };
-        self.used().into_iter().zip(rows).map(end).collect()
+        self.slots.all_used().into_iter().zip(rows).map(end).collect()
     }
 
     /// Refuses rows that do not fit before any of their chunks is run.
@@ -400,13 +412,19 @@ impl<'e> Session<'e> {
         self.slots.clone().reserve(&ends).map(drop)
     }
 
+    /// Tokens of the next run of a prefill that has got to position `start` and has `left` tokens to go.
+    fn chunk(&self, start: usize, left: usize) -> usize {
+        let adopted = if start == 0 { self.engine.adopted_prefill(self.shape, left) } else { None };
+        adopted.unwrap_or_else(|| next_chunk(left, self.shape.len - start.min(self.shape.len)))
+    }
+
     /// The programs that [`Session::prefill`] of prompts of `len` tokens and then decode will run.
     pub fn programs(&self, len: usize, spec: SamplerSpec) -> Vec<StepSpec> {
         let start = self.furthest();
         let mut specs = Vec::new();
         let mut done = 0;
         while done < len {
-            let size = next_chunk(len - done, self.shape.len - (start + done).min(self.shape.len));
+            let size = self.chunk(start + done, len - done);
             specs.push(self.spec(size, start + done + size, Output::Token(spec)));
             done += size;
         }
@@ -431,11 +449,16 @@ impl<'e> Session<'e> {
     /// were never started, or are freed, run along without effect on the others.
     pub fn decode(&mut self) -> Result<(), Error> {
         let active: Vec<bool> = self.sampling.iter().map(Option::is_some).collect();
-        let ends: Vec<usize> =
-            self.used().iter().zip(&active).map(|(used, active)| if *active { used + 1 } else { 0 }).collect();
+        let ends: Vec<usize> = self
+            .slots
+            .all_used()
+            .iter()
+            .zip(&active)
+            .map(|(used, active)| if *active { used + 1 } else { 0 })
+            .collect();
         let end = ends.iter().copied().max().unwrap_or(0).max(1);
         self.check_room("the next token", end)?;
-        let mut args: Vec<Arc<Buffer>> = self.reserve(&ends)?.into_iter().collect();
+        let mut args: Vec<Arc<Array>> = self.reserve(&ends)?.into_iter().collect();
         args.extend(self.frequencies.iter().cloned());
         self.step(1, end, args)?;
         (0..self.shape.batch).filter(|&slot| active[slot]).for_each(|slot| self.slots.advance(slot, 1));
@@ -445,18 +468,19 @@ impl<'e> Session<'e> {
     /// Starts reading the tokens drawn last, one per slot.
     pub fn read_tokens(&self) -> Result<TokenRead, Error> {
         let state = self.state.as_ref().ok_or_else(|| Error::Empty("nothing was drawn yet".into()))?;
-        let wanted = self.sampling.iter().map(|row| row.as_ref().and_then(|row| row.log_probabilities));
+        let wanted =
+            self.sampling.iter().take(self.batch).map(|row| row.as_ref().and_then(|row| row.log_probabilities));
         state.read(wanted.collect())
     }
 
     /// One run of a program that draws tokens. `given`: of prefill all arguments from ids to `last`, of decode those after
     /// the position, which it has itself.
-    fn step(&mut self, tokens: usize, end: usize, given: Vec<Arc<Buffer>>) -> Result<(), Error> {
+    fn step(&mut self, tokens: usize, end: usize, given: Vec<Arc<Array>>) -> Result<(), Error> {
         let mut state = self.state.take().ok_or_else(|| Error::Empty("a prompt comes before decoding".into()))?;
         let spec = self.spec(tokens, end, Output::Token(state.spec));
         let program = self.engine.program(&spec)?;
         let given = given.iter().map(Arc::as_ref);
-        let mut args: Vec<&Buffer> = match spec.is_decode() {
+        let mut args: Vec<&Array> = match spec.is_decode() {
             true => [&state.token, &state.position].into_iter().chain(given).collect(),
             false => given.chain([&state.token]).chain(&state.log_probabilities).collect(),
         };
@@ -469,23 +493,17 @@ impl<'e> Session<'e> {
 
     /// Where the longest slot ends.
     fn furthest(&self) -> usize {
-        self.used().into_iter().max().unwrap_or(0)
+        self.slots.all_used().into_iter().max().unwrap_or(0)
     }
 
     /// Where the longest slot ends that has a prompt.
     fn furthest_of(&self, prompts: &[Vec<u32>]) -> usize {
-        self.used().into_iter().zip(prompts).filter(|(_, p)| !p.is_empty()).map(|(u, _)| u).max().unwrap_or(0)
+        self.slots.all_used().into_iter().zip(prompts).filter(|(_, p)| !p.is_empty()).map(|(u, _)| u).max().unwrap_or(0)
     }
 
     fn spec(&self, tokens: usize, end: usize, output: Output) -> StepSpec {
-        let least = if tokens == 1 { READ_MIN } else { tokens };
-        // Rings are read whole, so that one program serves a model that has nothing else.
-        let rings = |layer| matches!(self.shape.layout(layer), Layout::Ring { .. });
-        let read_len = match self.engine.config().layers.iter().all(rings) {
-            true => self.shape.len,
-            false => end.max(least).next_power_of_two().min(self.shape.len),
-        };
-        StepSpec { tokens, cache: self.shape, read_len, output }
+        let read_len = read_len(&self.shape, self.engine.config(), tokens, end);
+        self.engine.covering(StepSpec { tokens, cache: self.shape, read_len, output })
     }
 
     fn check_room(&self, what: &str, end: usize) -> Result<(), Error> {
@@ -513,7 +531,8 @@ impl<'e> Session<'e> {
         let kept = self.sampling.iter_mut().map(|kept| if old.is_some() { kept.take() } else { None });
         self.sampling = sampling.into_iter().zip(kept).map(|(new, kept)| new.or(kept)).collect();
         let rows: Vec<SamplingOptions> = self.sampling.iter().map(|row| row.clone().unwrap_or_default()).collect();
-        self.state = Some(Draws::start(self.engine, prompts, &rows, &starting, old, self.upload_positions()?)?);
+        self.state =
+            Some(Draws::start(self.engine, &self.shape, prompts, &rows, &starting, old, self.upload_positions()?)?);
         Ok(())
     }
 
@@ -526,23 +545,21 @@ impl<'e> Session<'e> {
     }
 
     /// (B, `padded`) i32, rows filled up with zeros.
-    fn upload_ids(&self, rows: &[Vec<u32>], padded: usize) -> Result<Buffer, Error> {
+    fn upload_ids(&self, rows: &[Vec<u32>], padded: usize) -> Result<Array, Error> {
         self.check_ids(rows)?;
         let mut ids = vec![0i32; rows.len() * padded];
         for (slot, row) in ids.chunks_mut(padded).zip(rows) {
             slot.iter_mut().zip(row).for_each(|(to, from)| *to = *from as i32);
         }
-        let bytes: Vec<u8> = ids.iter().flat_map(|i| i.to_ne_bytes()).collect();
-        let dims = [rows.len(), padded];
-        Ok(self.engine.client().upload(HostData::Borrowed(&bytes), DType::I32, &dims, Some(self.engine.device()))?)
+        self.engine.placement().replicate(&ids, &[rows.len(), padded])
     }
 
-    fn upload_positions(&self) -> Result<Buffer, Error> {
-        self.upload_i32(&self.used().iter().map(|u| *u as i32).collect::<Vec<_>>())
+    fn upload_positions(&self) -> Result<Array, Error> {
+        self.upload_i32(&self.slots.all_used().iter().map(|u| *u as i32).collect::<Vec<_>>())
     }
 
-    fn upload_i32(&self, values: &[i32]) -> Result<Buffer, Error> {
-        Ok(self.engine.client().upload_slice(values, &[values.len()], Some(self.engine.device()))?)
+    fn upload_i32(&self, values: &[i32]) -> Result<Array, Error> {
+        self.engine.placement().replicate(values, &[values.len()])
     }
 }
 

@@ -1,7 +1,7 @@
 //! Pins attention: the three forms agree, sinks are PyTorch's, and a row of scores is what its definition says in f64.
 
 use xla::DType;
-use xla::graph::{Graph, Tensor};
+use xla::graph::{Graph, Platform, Tensor};
 use xla::pjrt::Client;
 use xllama::kv_cache::{Order, Past};
 use xllama::model::Queries;
@@ -22,7 +22,7 @@ fn run(client: &Client, build: impl FnOnce(&Graph) -> Tensor) -> Vec<f32> {
     let out = build(&g);
     g.output("out", &out);
     let text = g.finish().expect("a valid graph").stablehlo();
-    let executable = client.compile(&text, &xllama::runtime::compile_options(client)).expect("it compiles");
+    let executable = client.compile(&text, &xllama::runtime::compile_options(Platform::Cpu)).expect("it compiles");
     executable.execute(&[]).expect("it runs")[0].to_vec().expect("float32")
 }
 
@@ -84,7 +84,10 @@ impl Case {
             let positions = g.constant(&positions, &[b, s]);
             let sinks = self.sinks.then(|| g.constant(&sinks, &[groups, r]));
             let q = g.constant(&q, &[b, s, groups, r, k]);
-            form(&Queries { q, positions: &positions, softcap: self.softcap, sinks: sinks.as_ref() }, &past)
+            form(
+                &Queries { q, positions: &positions, first_row: None, softcap: self.softcap, sinks: sinks.as_ref() },
+                &past,
+            )
         })
     }
 
@@ -175,7 +178,7 @@ fn sinks_are_those_of_pytorch() {
             };
             let q = graph.constant(&q, &[1, s, g, h / g, k]) * (k as f64).powf(-0.5);
             let sinks = graph.constant(&sinks, &[g, h / g]);
-            Queries { q, positions: &positions, softcap: None, sinks: Some(&sinks) }.offline(&past)
+            Queries { q, positions: &positions, first_row: None, softcap: None, sinks: Some(&sinks) }.offline(&past)
         })
     };
     for (name, window) in [("sinks/out", None), ("sinks/out_window", Some(5))] {

@@ -335,10 +335,10 @@ fn a_damaged_cache_entry_is_compiled_again() {
         ("something else", &|bytes| *bytes = b"hello".to_vec()),
         ("well-formed, but no executable", &|bytes| {
             use sha2::Digest;
-            let body = b"no executable";
+            let content = b"\0\0\0\0no executable";
             bytes.truncate(16);
-            bytes.extend(sha2::Sha256::digest(body));
-            bytes.extend(body);
+            bytes.extend(sha2::Sha256::digest(content));
+            bytes.extend(content);
         }),
     ];
     for (name, damage) in damages {
@@ -524,4 +524,14 @@ fn a_closed_pipe_is_no_panic() {
     let run = finish(&mut shell);
     assert_eq!(run.ok(), "abc\n");
     assert!(!run.stderr.contains("panicked"), "{}", run.stderr);
+}
+
+/// The options of several processes are checked before anything is loaded.
+#[test]
+fn several_processes_must_agree_with_themselves_and_the_plugin() {
+    let folder = Tiny::random().folder();
+    let model = folder.model();
+    let generate = |more: &[&str]| run(["generate", "", "--model", &model].iter().chain(more));
+    generate(&["--process-index", "2", "--process-count", "2"]).fails(2, &["2"]);
+    generate(&["--process-index", "0", "--process-count", "2"]).fails(2, &["one process"]);
 }

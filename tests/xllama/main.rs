@@ -5,9 +5,15 @@ mod attention;
 mod bad_input;
 mod cache;
 mod cli;
+mod compile;
 mod conversion;
+#[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+mod distributed;
+mod exec_cache;
+mod forms;
 mod generation;
 mod golden;
+mod mesh;
 mod moe;
 mod perplexity;
 mod search;

@@ -14,7 +14,8 @@ use safetensors::{Dtype, SafeTensors};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use xla::wheel::{self, FetchOptions};
-use xllama::runtime::{Engine, device};
+use xllama::runtime::{Engine, LoadOptions, device};
+use xllama::sharding::MeshShape;
 
 /// What a run of the program left behind.
 #[derive(Debug)]
@@ -146,10 +147,16 @@ pub(crate) fn golden(case: &str) -> String {
 
 /// Opens a checkpoint in this process, in f32.
 pub(crate) fn engine(folder: &Path) -> Engine {
-    let (plugin, client) = device::open(plugin(), 1).expect("the plugin opens");
+    engine_on(folder, MeshShape::default())
+}
+
+/// The same on a mesh of CPU devices.
+pub(crate) fn engine_on(folder: &Path, mesh: MeshShape) -> Engine {
+    let (plugin, client) = device::open(plugin(), mesh.devices()).expect("the plugin opens");
     let checkpoint = Checkpoint::open(folder).expect("a checkpoint");
     let cache = Some(test_cache().join("executables"));
-    Engine::load(plugin, client, &checkpoint, xla::DType::F32, cache, &|_, _| ()).expect("it loads")
+    let options = LoadOptions { mesh, ..LoadOptions::new(xla::DType::F32, cache) };
+    Engine::load(plugin, client, &checkpoint, options, &|_, _| ()).expect("it loads")
 }
 
 /// A Llama of one small layer in memory, float32.

@@ -7,13 +7,14 @@
 //! kernels, which keeps what every layer adds to the compilation small.
 
 use xla::DType::I32;
-use xla::graph::Tensor;
+use xla::graph::{Platform, Tensor};
 
 /// The ids (N, k), i32, of the k largest scores of each row of (N, E), 1 ≤ k ≤ E: from the largest down, but where
-/// the k-th is equal to the next in the order in which PyTorch's selection leaves them.
+/// the k-th is equal to the next in the order in which PyTorch's selection leaves them. On a TPU the first of equal scores is
+/// taken: a loop in every layer would keep the weights of the next from being fetched beside it.
 #[track_caller]
 pub(in crate::model) fn top_k(scores: &Tensor, k: usize) -> Tensor {
-    if k >= scores.dim(1) {
+    if k >= scores.dim(1) || scores.graph().platform() == Platform::Tpu {
         return scores.largest(k).1;
     }
     // For the few that a token takes, that is half the work of XLA:CPU's sort of the row.

@@ -1,0 +1,354 @@
+//! A program to compile: which model, which step, on which mesh, and what it needs by arithmetic alone.
+
+use std::collections::HashMap;
+
+use xla::DType;
+use xla::graph::{Emission, Module, Platform};
+use xla::pjrt::CompileOptions;
+
+use super::target::Target;
+use crate::Error;
+use crate::config::ModelConfig;
+use crate::generation::sampling::SamplerSpec;
+use crate::params::{Llama, Param};
+use crate::runtime::{Blueprint, CacheOptions, Output, StepSpec, build, read_len};
+use crate::sharding::MeshShape;
+
+/// Which step of a model.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Step {
+    /// So many tokens of each slot into an empty cache, and the first token drawn.
+    Prefill {
+        /// S.
+        tokens: usize,
+    },
+    /// One token of each slot, on a cache that is full.
+    Decode,
+}
+
+impl Step {
+    /// `prefill` or `decode`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Step::Prefill { .. } => "prefill",
+            Step::Decode => "decode",
+        }
+    }
+
+    /// S: tokens of each slot in one run.
+    pub fn tokens(self) -> usize {
+        match self {
+            Step::Prefill { tokens } => tokens,
+            Step::Decode => 1,
+        }
+    }
+}
+
+/// A program to compile.
+#[derive(Clone, Copy, Debug)]
+pub struct Job<'a> {
+    /// What the user calls the model.
+    pub model: &'a str,
+    /// Its configuration.
+    pub cfg: &'a ModelConfig,
+    /// Its parameters.
+    pub params: &'a Llama<Param>,
+    /// Type of parameters, products and, unless `cache` says otherwise, the cache.
+    pub dtype: DType,
+    /// Which step.
+    pub step: Step,
+    /// B: slots, over all devices.
+    pub batch: usize,
+    /// T: positions of the cache.
+    pub len: usize,
+    /// How the cache is kept.
+    pub cache: CacheOptions,
+    /// How it is split.
+    pub mesh: MeshShape,
+    /// For whom the text says so.
+    pub partitioner: Emission,
+    /// What it is to run on.
+    pub platform: Platform,
+}
+
+/// A program as text, with what is known of it before it is compiled.
+#[derive(Clone, Debug)]
+pub struct Prepared {
+    /// The program's shape.
+    pub spec: StepSpec,
+    /// StableHLO.
+    pub text: String,
+    /// What every target of the platform compiles it with.
+    pub options: CompileOptions,
+    /// Bytes and operations of one device.
+    pub sizes: Sizes,
+}
+
+/// What one run of a program needs on one device, by the shapes alone.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Sizes {
+    /// Bytes of all arguments.
+    pub arguments: u64,
+    /// Bytes of parameters among them.
+    pub weights: u64,
+    /// Bytes of the cache among them.
+    pub cache: u64,
+    /// Bytes of experts that no token of the step can have chosen, even if every token chose others.
+    pub idle_experts: u64,
+    /// Operations of the model's products, split evenly: what the model asks for, not what a program makes of it.
+    pub flops: f64,
+}
+
+impl Job<'_> {
+    /// The shape of the step's program.
+    pub fn spec(&self) -> StepSpec {
+        let tokens = self.step.tokens();
+        let cache = self.cache.shape(self.mesh.batch(self.batch), self.len, self.dtype, self.platform);
+        let end = if tokens == 1 { cache.len } else { tokens };
+        let read_len = read_len(&cache, self.cfg, tokens, end);
+        StepSpec { tokens, cache, read_len, output: Output::Token(SamplerSpec::default()) }
+    }
+
+    /// The program.
+    ///
+    /// # Errors
+    /// Those of [`Blueprint::new`], [`MeshShape::check_cache`] and [`build`].
+    pub fn prepare(&self) -> Result<Prepared, Error> {
+        let model = Blueprint::new(self.cfg, self.params, self.dtype, self.mesh, self.platform)?;
+        let model = model.with_partitioner(self.partitioner);
+        let spec = self.spec();
+        self.mesh.check_cache(&spec.cache)?;
+        let module = build(&spec, &model)?;
+        let sizes = self.sizes(&spec, &module);
+        Ok(Prepared { spec, text: model.stablehlo(&module), options: model.compile_options(), sizes })
+    }
+
+    /// Tokens that one run takes or gives, those that were asked for only.
+    pub fn tokens(&self) -> usize {
+        self.batch * self.step.tokens()
+    }
+
+    fn sizes(&self, spec: &StepSpec, module: &Module) -> Sizes {
+        let params: HashMap<&str, &Param> = self.params.iter().into_iter().map(|p| (p.name.as_str(), p)).collect();
+        let mut sizes = Sizes { flops: self.flops(spec) / self.mesh.devices() as f64, ..Sizes::default() };
+        for arg in module.args() {
+            let shape = match (&arg.sharding, module.mesh()) {
+                (Some(sharding), Some(mesh)) => sharding.local_shape(mesh, &arg.aval.shape),
+                _ => arg.aval.shape.clone(),
+            };
+            let bytes = (shape.iter().product::<usize>() * arg.aval.dtype.size()) as u64;
+            sizes.arguments += bytes;
+            match params.get(arg.name.as_str()) {
+                Some(param) => {
+                    sizes.weights += bytes;
+                    sizes.idle_experts += (bytes as f64 * self.idle(param)) as u64;
+                }
+                None if arg.name.starts_with("cache/") => sizes.cache += bytes,
+                None => {}
+            }
+        }
+        sizes
+    }
+
+    /// The share of a parameter that the step cannot need.
+    fn idle(&self, param: &Param) -> f64 {
+        match &self.cfg.moe {
+            Some(moe) if param.axes.starts_with('E') => {
+                let chosen = (self.tokens() * moe.top_k) as f64 / moe.n_experts as f64;
+                1.0 - chosen.min(1.0)
+            }
+            _ => 0.0,
+        }
+    }
+
+    /// Operations of all products over all devices: 2 · tokens · the parameters that a token meets, the head for the last
+    /// token of each slot only, and 4 · H · K for every pair of a query and a key that it sees.
+    fn flops(&self, spec: &StepSpec) -> f64 {
+        let cfg = self.cfg;
+        let met = |p: &&Param| -> f64 {
+            let share = match &cfg.moe {
+                Some(moe) if p.axes.starts_with('E') => moe.top_k as f64 / moe.n_experts as f64,
+                _ => 1.0,
+            };
+            p.elements() as f64 * share
+        };
+        let multiplies = |p: &&Param| p.name.ends_with("_proj") || p.name.ends_with("router");
+        let layers: f64 = self.params.iter().iter().filter(|p| multiplies(p)).map(met).sum();
+        let head = (cfg.vocab_size * cfg.d_model) as f64;
+        let pairs = |window: Option<usize>| -> f64 {
+            let seen = |keys: usize| window.map_or(keys, |w| keys.min(w)) as f64;
+            match self.step {
+                Step::Decode => seen(spec.read_len),
+                Step::Prefill { tokens } => (1..=tokens).map(seen).sum(),
+            }
+        };
+        let scores: f64 = cfg.layers.iter().map(|layer| pairs(layer.window)).sum();
+        let batch = self.batch as f64;
+        2.0 * batch * (self.step.tokens() as f64 * layers + head)
+            + 4.0 * batch * (cfg.n_heads * cfg.head_dim) as f64 * scores
+    }
+}
+
+/// The first `layers` layers of a model, which compile in a fraction of the time.
+///
+/// # Errors
+/// [`Error::Option`] for none, or more than there are.
+pub fn cut(cfg: &ModelConfig, layers: usize) -> Result<ModelConfig, Error> {
+    if layers == 0 || layers > cfg.n_layers {
+        let what = format!("must be 1 to {}, the layers of the model, found {layers}", cfg.n_layers);
+        return Err(Error::Option { name: "layers".into(), what });
+    }
+    let mut cfg = cfg.clone();
+    cfg.n_layers = layers;
+    cfg.layers.truncate(layers);
+    cfg.raw["num_hidden_layers"] = layers.into();
+    Ok(cfg)
+}
+
+/// Every way to split a model over exactly so many devices by data, fsdp, expert and model, the most model-parallel first.
+pub fn meshes(devices: usize, cfg: &ModelConfig) -> Vec<MeshShape> {
+    let divisors = |n: usize| (1..=n).rev().filter(move |d| n.is_multiple_of(*d));
+    let mut meshes = Vec::new();
+    for model in divisors(devices) {
+        for expert in divisors(devices / model) {
+            for fsdp in divisors(devices / model / expert) {
+                let data = devices / model / expert / fsdp;
+                let mesh = MeshShape { data, fsdp, expert, sequence: 1, model };
+                if mesh.check(cfg).is_ok() {
+                    meshes.push(mesh);
+                }
+            }
+        }
+    }
+    meshes
+}
+
+/// The mesh for a target of so many devices: the one that was asked for, else the most model-parallel one.
+///
+/// # Errors
+/// [`Error::Option`] where the target has more or fewer devices, with meshes that fit, and where the model does not divide.
+pub fn mesh_for(
+    asked: Option<MeshShape>,
+    target: &Target,
+    devices: usize,
+    cfg: &ModelConfig,
+) -> Result<MeshShape, Error> {
+    let has = |n: usize| if n == 1 { "1 device".into() } else { format!("{n} devices") };
+    let wrong = |what: String| Error::Option { name: "mesh".into(), what };
+    match asked {
+        Some(mesh) if mesh.devices() == devices => mesh.check(cfg).map(|()| mesh),
+        Some(mesh) => {
+            let some: Vec<String> = meshes(devices, cfg).iter().take(6).map(MeshShape::to_string).collect();
+            let fits = if some.is_empty() { "none for this model".to_string() } else { some.join("; ") };
+            let (asked, found) = (has(mesh.devices()), has(devices));
+            Err(wrong(format!("{mesh}: has {asked}, but {target} has {found}; meshes that fit: {fits}")))
+        }
+        None => meshes(devices, cfg).first().copied().ok_or_else(|| {
+            let found = has(devices);
+            wrong(format!(
+                "is needed: {target} has {found}, and data, fsdp, expert and model cannot split the model over them"
+            ))
+        }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::compile::presets;
+
+    fn job<'a>(cfg: &'a ModelConfig, params: &'a Llama<Param>, step: Step) -> Job<'a> {
+        let (mesh, partitioner) = (MeshShape::default(), Emission::Shardy);
+        let (cache, platform) = (CacheOptions::default(), Platform::Tpu);
+        let (batch, len) = (8, 2048);
+        Job { model: "m", cfg, params, dtype: DType::BF16, step, batch, len, cache, mesh, partitioner, platform }
+    }
+
+    fn model(name: &str) -> (ModelConfig, Llama<Param>) {
+        let cfg = presets::find(name).expect("a preset").config().expect("valid");
+        let params = Llama::declare(&cfg);
+        (cfg, params)
+    }
+
+    #[test]
+    fn a_shard_of_llama_2_7b_is_as_large_as_its_published_size_says() {
+        let (cfg, params) = model("llama-2-7b");
+        let mesh = MeshShape { model: 8, ..MeshShape::default() };
+        let job = Job { mesh, ..job(&cfg, &params, Step::Decode) };
+        let sizes = job.prepare().expect("it builds").sizes;
+        // The norms are whole on each device, 266,240 values of them, and f32 on a TPU.
+        let norms = 266_240u64;
+        assert_eq!(sizes.weights, 2 * (6_738_415_616 - norms) / 8 + 4 * norms);
+        // k and v of 32 layers: 8 slots × 4 heads × 2048 × 128 in bf16
+        assert_eq!(sizes.cache, 2 * 32 * 8 * 4 * 2048 * 128 * 2);
+        assert!(sizes.arguments - sizes.weights - sizes.cache < 1024, "{sizes:?}");
+        // Two operations for each parameter but the embedding's and norms', and the scores; over 8 devices.
+        let products = 2.0 * 8.0 * (6_738_415_616 - norms - 131_072_000) as f64;
+        let scores = 8.0 * 4.0 * 32.0 * 4096.0 * 2048.0;
+        assert_eq!(sizes.flops, (products + scores) / 8.0);
+    }
+
+    #[test]
+    fn a_mixture_reads_and_multiplies_with_the_experts_that_were_chosen() {
+        let (cfg, params) = model("mixtral-8x7b");
+        let experts = 3u64 * 8 * 32 * 4096 * 14_336;
+        let sizes = |batch| {
+            let job = Job { batch, ..job(&cfg, &params, Step::Decode) };
+            job.sizes(&job.spec(), &job_module(&job))
+        };
+        // One token takes 2 of 8.
+        assert_eq!(sizes(1).idle_experts, 2 * experts * 3 / 4);
+        assert_eq!(sizes(4).idle_experts, 0);
+        let dense = (sizes(4).weights / 2 - experts) as f64;
+        let flops = 2.0 * (dense + experts as f64 / 4.0) + 4.0 * 32.0 * 4096.0 * 2048.0;
+        assert!((sizes(1).flops / flops - 1.0).abs() < 0.02, "{} {flops}", sizes(1).flops);
+    }
+
+    fn job_module(job: &Job<'_>) -> Module {
+        let model = Blueprint::new(job.cfg, job.params, job.dtype, job.mesh, Platform::Tpu).expect("it divides");
+        build(&job.spec(), &model).expect("it builds")
+    }
+
+    #[test]
+    fn a_prefill_sees_half_of_all_pairs_and_a_window_fewer() {
+        let (cfg, params) = model("llama-2-7b");
+        let tokens = Step::Prefill { tokens: 512 };
+        let long = job(&cfg, &params, tokens).flops(&job(&cfg, &params, tokens).spec());
+        let layers = 6_476_005_376.0; // all but norms, embedding and head
+        let scores = 4.0 * 32.0 * 4096.0 * (512.0 * 513.0 / 2.0);
+        assert_eq!(long, 8.0 * (2.0 * (512.0 * layers + 32_000.0 * 4096.0) + scores));
+
+        let (mut cfg, params) = model("mistral-7b");
+        let whole = job(&cfg, &params, tokens).flops(&job(&cfg, &params, tokens).spec());
+        cfg.layers.iter_mut().for_each(|layer| layer.window = Some(1));
+        let one = job(&cfg, &params, tokens).flops(&job(&cfg, &params, tokens).spec());
+        assert_eq!(whole - one, 8.0 * 4.0 * 32.0 * 4096.0 * (512.0 * 513.0 / 2.0 - 512.0));
+    }
+
+    #[test]
+    fn a_model_can_be_cut_to_its_first_layers() {
+        let (cfg, params) = model("mixtral-8x7b");
+        let two = cut(&cfg, 2).expect("two of 32");
+        assert_eq!((two.n_layers, two.layers.len(), &two.raw["num_hidden_layers"]), (2, 2, &2.into()));
+        assert_eq!(Llama::declare(&two).layers[..], params.layers[..2]);
+        assert!(cut(&cfg, 0).is_err() && cut(&cfg, 33).is_err() && cut(&cfg, 32).is_ok_and(|whole| whole == cfg));
+    }
+
+    #[test]
+    fn meshes_are_those_that_divide() {
+        let names = |devices, cfg: &ModelConfig| -> Vec<String> {
+            meshes(devices, cfg).iter().map(MeshShape::to_string).collect()
+        };
+        let (llama, _) = model("llama-2-7b");
+        assert_eq!(
+            names(4, &llama),
+            ["model=4", "fsdp=2,model=2", "data=2,model=2", "fsdp=4", "data=2,fsdp=2", "data=4"]
+        );
+        let (mixtral, _) = model("mixtral-8x7b");
+        assert!(names(8, &mixtral).contains(&"expert=8".to_string()));
+        // 24 query heads and 8 key/value heads: neither 16 devices nor 24 share them evenly
+        let (small, _) = model("llama-3.2-3b");
+        assert!(!names(16, &small).contains(&"model=16".to_string()));
+        assert_eq!(names(1, &llama), ["1 device"]);
+    }
+}
