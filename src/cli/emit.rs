@@ -10,8 +10,7 @@ use xla::DType;
 use xla::graph::Platform;
 use xla::pjrt::{Client, CompileOptions, OptionOverride};
 use xllama::Error;
-use xllama::generation::sampling::SamplerSpec;
-use xllama::runtime::{Blueprint, Output, StepSpec, build, cache_len, read_len};
+use xllama::runtime::{Blueprint, StepSpec, build, cache_len};
 
 use super::Context;
 use super::generate::context_len;
@@ -86,12 +85,7 @@ impl Args {
         let model = model.with_partitioner(mesh.emission());
         let cache = self.model.cache.options().shape(mesh.mesh.batch(self.batch.into()), len, dtype, platform);
         mesh.mesh.check_cache(&cache)?;
-        let spec = StepSpec {
-            tokens,
-            read_len: read_len(&cache, cfg, tokens, if tokens == 1 { cache.len } else { tokens }),
-            cache,
-            output: Output::Token(SamplerSpec::default()),
-        };
+        let spec = StepSpec::alone(tokens, cache, cfg);
         let text = model.stablehlo(&build(&spec, &model)?);
         let text = match &plugin {
             None => text,

@@ -18,8 +18,7 @@ use xla::pjrt::{Client, CompileOptions, DeviceDescription, LoadedExecutable, Plu
 use super::job::{Job, Prepared};
 use super::target::{Compiled, Machine};
 use crate::Error;
-use crate::generation::sampling::SamplerSpec;
-use crate::runtime::{Engine, Output, StepSpec, build, hex, read_len};
+use crate::runtime::{Engine, StepSpec, build, hex};
 
 const MAGIC: &[u8; 16] = b"xllama-program\n\0";
 
@@ -252,9 +251,7 @@ impl ExecutableFile {
         let model = engine.model();
         let (tokens, len, batch) = (self.number("tokens")?, self.number("max_seq")?, self.number("batch")?);
         let cache = engine.cache_options().shape(batch, len, model.dtype, model.platform);
-        let end = if tokens == 1 { cache.len } else { tokens };
-        let read_len = read_len(&cache, &model.cfg, tokens, end);
-        let spec = StepSpec { tokens, cache, read_len, output: Output::Token(SamplerSpec::default()) };
+        let spec = StepSpec::alone(tokens, cache, &model.cfg);
         let module = build(&spec, model)?;
         let client = engine.placement().client();
         let devices = model.mesh.devices();

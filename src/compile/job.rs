@@ -9,9 +9,8 @@ use xla::pjrt::CompileOptions;
 use super::target::Target;
 use crate::Error;
 use crate::config::ModelConfig;
-use crate::generation::sampling::SamplerSpec;
 use crate::params::{Llama, Param};
-use crate::runtime::{Blueprint, CacheOptions, Output, StepSpec, build, read_len};
+use crate::runtime::{Blueprint, CacheOptions, StepSpec, build};
 use crate::sharding::MeshShape;
 
 /// Which step of a model.
@@ -102,11 +101,8 @@ pub struct Sizes {
 impl Job<'_> {
     /// The shape of the step's program.
     pub fn spec(&self) -> StepSpec {
-        let tokens = self.step.tokens();
         let cache = self.cache.shape(self.mesh.batch(self.batch), self.len, self.dtype, self.platform);
-        let end = if tokens == 1 { cache.len } else { tokens };
-        let read_len = read_len(&cache, self.cfg, tokens, end);
-        StepSpec { tokens, cache, read_len, output: Output::Token(SamplerSpec::default()) }
+        StepSpec::alone(self.step.tokens(), cache, self.cfg)
     }
 
     /// The program.

@@ -3,6 +3,8 @@
 use xla::DType;
 use xla::graph::{Platform, Tensor, einsum_as};
 
+use super::rows::{TPU_ROWS, pad};
+
 /// `einsum(equation, x, weight) + bias`. `x` (B, S, …) is cast to the weight's dtype for the product, the product is
 /// accumulated and returned in f32, and the bias (the equation's trailing output axes) is added there. The contracted
 /// axes are the last of `x` and the first of `weight`, in the same order.
@@ -30,9 +32,6 @@ pub(super) fn all_rows(x: &Tensor) -> Tensor {
     }
 }
 
-/// Rows below which a TPU multiplies with its vector units, ten times slower than with its matrix unit.
-pub(super) const TPU_ROWS: usize = 8;
-
 /// `product` of `x` (B, S, …), by row. On a TPU rows of zeros are put behind where a device has few.
 #[track_caller]
 pub(super) fn in_rows(x: &Tensor, product: impl FnOnce(&Tensor) -> Tensor) -> Tensor {
@@ -43,10 +42,7 @@ pub(super) fn in_rows(x: &Tensor, product: impl FnOnce(&Tensor) -> Tensor) -> Te
     if g.platform() != Platform::Tpu || s >= rows {
         return product(x);
     }
-    let mut more = vec![0; x.rank()];
-    more[1] = (rows - s) as i64;
-    let none = vec![0; x.rank()];
-    product(&x.pad(0.0, &none, &more, &vec![0; x.rank()])).narrow(1, 0, s)
+    product(&pad(x, 1, rows, 0.0)).narrow(1, 0, s)
 }
 
 /// Contracted terms that one f32 accumulator may see.

@@ -11,6 +11,7 @@ mod moe;
 mod rms_norm;
 mod rope;
 mod router_loss;
+mod rows;
 mod scores;
 
 pub use attention::{LayerInput, attention};

@@ -8,8 +8,9 @@ mod top_k;
 use xla::DType::{F32, I32};
 use xla::graph::{Fold, Platform, Tensor, einsum_as};
 
-use super::linear::{TPU_ROWS, linear, parts_of};
+use super::linear::{linear, parts_of};
 use super::mlp::{activation, mlp};
+use super::rows::{TPU_ROWS, pad};
 use crate::config::{Activation, ExpertGroups, ModelConfig, MoeConfig, Router};
 use crate::params::Moe;
 
@@ -164,10 +165,9 @@ impl Experts<'_> {
     fn dense(&self, x: &Tensor, ids: &Tensor, weights: &Tensor) -> Tensor {
         let n = x.dim(0);
         if x.graph().platform() == Platform::Tpu && n < TPU_ROWS {
-            let more = [(TPU_ROWS - n) as i64, 0];
-            let x = x.pad(0.0, &[0, 0], &more, &[0, 0]);
-            let ids = ids.pad(self.gate.dim(0) as i64, &[0, 0], &more, &[0, 0]);
-            return self.dense(&x, &ids, &weights.pad(0.0, &[0, 0], &more, &[0, 0])).narrow(0, 0, n);
+            let rows = |x: &Tensor, value| pad(x, 0, TPU_ROWS, value);
+            let ids = rows(ids, self.gate.dim(0) as f64);
+            return self.dense(&rows(x, 0.0), &ids, &rows(weights, 0.0)).narrow(0, 0, n);
         }
         let all = [x.dim(0), ids.dim(1), self.gate.dim(0)];
         let chosen = ids.broadcast(&all, &[0, 1]).eq(&x.graph().iota(I32, &all, 2));

@@ -5,6 +5,7 @@
 use xla::DType;
 use xla::graph::{Graph, Platform, Tensor, einsum_as};
 
+use super::rows::{TPU_ROWS, pad};
 use crate::kv_cache::{Order, Past};
 
 /// Query rows of one block where a prompt is attended to in blocks. On a TPU every program has a price of its own, and a block takes
@@ -25,9 +26,6 @@ const OFFLINE_BYTES: usize = 64 << 20;
 
 /// Rows and columns of the scores that the running softmax holds at a time.
 const ONLINE: [usize; 2] = [512, 1024];
-
-/// A TPU multiplies fewer rows than it has sublanes with its vector units, eight times slower than these with its matrix unit.
-const TPU_ROWS: usize = 8;
 
 /// The queries of one layer.
 #[derive(Clone, Debug)]
@@ -315,20 +313,6 @@ fn visible(positions: &Tensor, past: &Past) -> Tensor {
 #[track_caller]
 fn sink(sinks: &Tensor, shape: &[usize]) -> Tensor {
     sinks.broadcast(shape, &[1, 5 - query_axis(sinks.graph().platform())])
-}
-
-/// `x` with `value` behind, so that axis `axis` has length `len`.
-#[track_caller]
-fn pad(x: &Tensor, axis: usize, len: usize, value: f64) -> Tensor {
-    if x.dim(axis as isize) == len {
-        return x.clone();
-    }
-    let mut high = vec![0; x.rank()];
-    high[axis] = (len - x.dim(axis as isize)) as i64;
-    match x.dtype().is_float() {
-        true => x.pad(value, &vec![0; x.rank()], &high, &vec![0; x.rank()]),
-        false => x.pad(value as i64, &vec![0; x.rank()], &high, &vec![0; x.rank()]),
-    }
 }
 
 impl Past {

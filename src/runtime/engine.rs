@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use converter::Checkpoint;
 use xla::DType;
-use xla::graph::{Aval, Emission, Module, Platform};
+use xla::graph::{Emission, Module, Platform};
 use xla::pjrt::{Client, LoadedExecutable, Plugin};
 
 use super::exec_cache::{ExecutableCache, Origin};
@@ -260,10 +260,8 @@ impl Engine {
 
     fn loaded(&self, module: &Module, executable: LoadedExecutable) -> Program {
         let results = module.outputs().iter().map(|output| output.name.clone()).collect();
-        let layouts = module.outputs().iter().map(|output| {
-            let Aval { dtype, shape } = &output.aval;
-            self.placement.layout(*dtype, shape, output.sharding.as_ref())
-        });
+        let layouts = module.outputs().iter();
+        let layouts = layouts.map(|output| self.placement.layout(&output.aval.shape, output.sharding.as_ref()));
         Program { executable, results, layouts: layouts.collect() }
     }
 

@@ -13,5 +13,5 @@ pub use draws::{Drawn, TokenRead};
 pub use engine::{CacheOptions, CompileStats, Engine, LoadOptions, Program};
 pub use exec_cache::hex;
 pub use placement::{Array, ArrayLayout, Placement};
-pub use program::{Blueprint, Output, StepSpec, build, compile_options, read_len};
+pub use program::{Blueprint, Output, StepSpec, build, compile_options};
 pub use session::{Best, CHUNKS, Session, cache_len, chunked_logits};

@@ -31,7 +31,6 @@ pub struct Array {
 /// What an array is, and how it lies on the devices of this process.
 #[derive(Clone, Debug)]
 pub struct ArrayLayout {
-    dtype: DType,
     /// Of the whole.
     dims: Vec<usize>,
     /// Which part of it each device has; none where all have the whole.
@@ -61,11 +60,6 @@ impl Placement {
     /// The client of all devices.
     pub fn client(&self) -> &Client {
         &self.client
-    }
-
-    /// The devices of this process.
-    pub fn devices(&self) -> impl Iterator<Item = &Device> {
-        self.local.iter().map(|(_, device)| device)
     }
 
     /// `options` for programs on these devices.
@@ -102,14 +96,14 @@ impl Placement {
             let shape: Vec<usize> = part.iter().map(|range| range.len()).collect();
             shards.push(self.client.upload(data, dtype, &shape, Some(device))?);
         }
-        Ok(Array { shards, layout: self.layout(dtype, dims, sharding) })
+        Ok(Array { shards, layout: self.layout(dims, sharding) })
     }
 
     /// Puts the same values on every device.
     pub fn replicate<T: Element>(&self, data: &[T], dims: &[usize]) -> Result<Array, Error> {
         let upload = |(_, device): &(usize, Device)| self.client.upload_slice(data, dims, Some(device));
         let shards = self.local.iter().map(upload).collect::<Result<_, _>>()?;
-        Ok(Array { shards, layout: self.layout(T::DTYPE, dims, None) })
+        Ok(Array { shards, layout: self.layout(dims, None) })
     }
 
     /// Puts each device's part of these values on it.
@@ -121,14 +115,14 @@ impl Placement {
             self.client.upload_slice(&own, &shape, Some(device))
         });
         let shards = shards.collect::<Result<_, _>>()?;
-        Ok(Array { shards, layout: self.layout(T::DTYPE, dims, sharding) })
+        Ok(Array { shards, layout: self.layout(dims, sharding) })
     }
 
     /// How an array with this sharding lies on the devices of this process.
-    pub fn layout(&self, dtype: DType, dims: &[usize], sharding: Option<&Sharding>) -> Arc<ArrayLayout> {
+    pub fn layout(&self, dims: &[usize], sharding: Option<&Sharding>) -> Arc<ArrayLayout> {
         let split = sharding.filter(|s| s.dims.iter().any(|axes| !axes.is_empty()));
         let parts = split.map(|sharding| self.parts(Some(sharding), dims));
-        Arc::new(ArrayLayout { dtype, dims: dims.to_vec(), parts })
+        Arc::new(ArrayLayout { dims: dims.to_vec(), parts })
     }
 
     /// Runs a program whose results lie as `results` say.
@@ -156,11 +150,6 @@ impl Placement {
 }
 
 impl Array {
-    /// Dimensions of the whole.
-    pub fn dims(&self) -> &[usize] {
-        &self.layout.dims
-    }
-
     /// Its pieces, one for each device of this process.
     pub fn shards(&self) -> &[Buffer] {
         &self.shards
@@ -200,11 +189,6 @@ impl Array {
     pub fn read(&self) -> Result<HostRead, Error> {
         debug_assert!(self.layout.parts.is_none(), "only whole arrays are read asynchronously");
         Ok(self.shards[0].to_host_async()?)
-    }
-
-    /// Its element type.
-    pub fn dtype(&self) -> DType {
-        self.layout.dtype
     }
 }
 

@@ -46,6 +46,13 @@ pub struct StepSpec {
 }
 
 impl StepSpec {
+    /// The step that takes the likeliest token, by itself: a prefill of an empty cache, or decode of a full one.
+    pub fn alone(tokens: usize, cache: CacheShape, cfg: &ModelConfig) -> StepSpec {
+        let end = if tokens == 1 { cache.len } else { tokens };
+        let output = Output::Token(SamplerSpec::default());
+        StepSpec { tokens, cache, read_len: read_len(&cache, cfg, tokens, end), output }
+    }
+
     /// True for the step that feeds itself: one token in, one token out, nothing from the host.
     pub fn is_decode(&self) -> bool {
         self.tokens == 1 && matches!(self.output, Output::Token(_))
