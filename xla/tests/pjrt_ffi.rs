@@ -39,7 +39,7 @@ impl Handler for Affine {
         let pool = frame.thread_pool();
         assert!(pool.num_threads()? >= 1);
         let chunks: Vec<_> = y.chunks_mut(7).map(std::sync::Mutex::new).collect();
-        pool.for_each(chunks.len(), |i| {
+        pool.for_each(chunks.len(), &|i| {
             let mut out = chunks[i].lock().unwrap();
             for (y, x) in out.iter_mut().zip(&x[i * 7..]) {
                 *y = x * scale + offset;
@@ -123,7 +123,7 @@ impl Handler for Failing {
         match how {
             0 => Err(FfiError::new(Code::OutOfRange, "the handler says no")),
             1 => panic!("the handler gave up at {how}"),
-            2 => frame.thread_pool().for_each(10, |i| assert!(i != 5, "chunk {i}")),
+            2 => frame.thread_pool().for_each(10, &|i| assert!(i != 5, "chunk {i}")),
             3 => frame.arg::<f32>(0).map(|_| ()),
             4 => frame.arg::<i32>(9).map(|_| ()),
             5 => frame.attribute::<i64>("axis").map(|_| ()),

@@ -37,6 +37,7 @@ struct State {
     symbols: HashMap<String, usize>,
     inline_calls: bool,
     no_manual: bool,
+    kernels: Vec<&'static str>,
     manual: bool,
     scopes: Vec<String>,
     taps: Vec<(String, u32, ValueId)>,
@@ -114,6 +115,7 @@ impl Graph {
             symbols: HashMap::from([("main".to_string(), 0)]),
             inline_calls: false,
             no_manual: false,
+            kernels: Vec::new(),
             manual: false,
             scopes: Vec::new(),
             taps: Vec::new(),
@@ -168,6 +170,14 @@ impl Graph {
 
     pub(crate) fn has_manual(&self) -> bool {
         !self.0.borrow().no_manual
+    }
+
+    pub(crate) fn set_kernel_names(&self, names: Vec<&'static str>) {
+        self.0.borrow_mut().kernels = names;
+    }
+
+    pub(crate) fn kernel_names(&self) -> Vec<&'static str> {
+        self.0.borrow().kernels.clone()
     }
 
     /// The mesh in use.

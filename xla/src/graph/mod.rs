@@ -19,7 +19,7 @@
 //! ```
 //!
 //! Files: `graph` (building), `tensor` (handles and operators), `ops/` (each op declared once), `einsum`, `sharding`
-//! (meshes and rules), `module` (the finished data), `emit` (its text).
+//! (meshes and rules), `kernel` (ops that may have one), `module` (the finished data), `emit` (its text).
 
 mod aval;
 mod einsum;
@@ -27,6 +27,7 @@ mod emit;
 mod error;
 #[allow(clippy::module_inception)]
 mod graph;
+mod kernel;
 mod module;
 pub mod ops;
 mod sharding;
@@ -39,6 +40,7 @@ pub use einsum::{einsum, einsum_as, einsum1};
 pub use emit::{Cx, Emission};
 pub use error::GraphError;
 pub use graph::{ArgAttrs, Graph, Platform, Rewrite, Scope};
+pub use kernel::Kernel;
 pub use module::{Arg, Body, Function, Module, Node, Output, Value, ValueId};
 pub use ops::constant::{Element, Scalar};
 pub use ops::control::Branch;

@@ -2,7 +2,7 @@
 
 use super::module::{Computation, Instruction, Module};
 use super::walk::Follow;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::fmt;
 
 /// What a collective does.
@@ -73,10 +73,11 @@ pub struct CollectiveSum {
 }
 
 impl Module {
-    /// The collectives that run, computation by computation. One that is split into a start and its end is one.
+    /// The collectives that run, computation by computation. One that is split into a start and its end is one, and so is
+    /// one that takes its steps in several fusions, as libtpu has them do beside other work: they share its channel.
     pub fn collectives(&self) -> Vec<Collective> {
         let callers = self.wrappers();
-        let mut found = Vec::new();
+        let (mut found, mut in_fusions) = (Vec::new(), HashSet::new());
         for (c, times) in self.reach(Follow::Fusions).into_iter().enumerate() {
             if times == 0 {
                 continue;
@@ -86,6 +87,10 @@ impl Module {
                 let Some((mut kind, starts)) = CollectiveKind::of(&instruction.opcode) else { continue };
                 let mut bytes = output_bytes(kind, starts, instruction);
                 let caller = callers.get(&c);
+                let channel = instruction.channel;
+                if channel != 0 && caller.is_some_and(|c| c.opcode == "fusion") && !in_fusions.insert((channel, kind)) {
+                    continue;
+                }
                 if let (CollectiveKind::AllReduce, Some(piece)) = (kind, scattered(computation, place)) {
                     (kind, bytes) = (CollectiveKind::ReduceScatter, piece.shape.bytes());
                 }
@@ -225,6 +230,18 @@ mod tests {
         // A fusion that goes on computing with the whole has an all-reduce in it.
         let whole = program(instruction(21, "negate", array(F32, &[4, 16]), &[20]), 21).collectives();
         assert_eq!((whole[0].kind, whole[0].bytes), (CollectiveKind::AllReduce, 256));
+    }
+
+    #[test]
+    fn steps_of_one_in_several_fusions_are_one() {
+        let gather = |id, channel| instruction(id, "all-gather", array(F32, &[16]), &[]).int(26, channel);
+        let step = |id, channel| computation(id, id * 10, &[gather(id * 10, channel)]);
+        let fusion = |id, calls| instruction(id, "fusion", array(F32, &[16]), &[]).packed(38, &[calls]);
+        let fusions = [fusion(100, 2), fusion(101, 3), fusion(102, 4), fusion(103, 5), gather(104, 7)];
+        let computations = [step(2, 7), step(3, 7), step(4, 8), step(5, 0), computation(1, 104, &fusions)];
+        let found = parse(&module(1, &computations)).collectives();
+        let names: Vec<_> = found.iter().map(|c| c.name.as_str()).collect();
+        assert_eq!(names, ["all-gather.20", "all-gather.40", "all-gather.50", "all-gather.104"]);
     }
 
     #[test]

@@ -66,6 +66,8 @@ pub struct Instruction {
     /// Of a collective, the devices of one group; of `collective-permute`, its source-target pairs. `None` where all
     /// devices are one group, and for everything else.
     pub group_size: Option<u64>,
+    /// Of a collective, its channel: devices meet where they name the same one. 0 where there is none.
+    pub channel: i64,
 }
 
 /// An output that takes over the memory of a parameter.

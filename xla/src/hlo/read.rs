@@ -119,6 +119,7 @@ fn read_instruction(bytes: &[u8]) -> Result<RawInstruction, HloError> {
             8 => literal = Some(cursor.bytes(field, value)?),
             9 => i.parameter = cursor.int(field, value)? as u64,
             13 => i.tuple_index = cursor.int(field, value)? as u64,
+            26 => i.channel = cursor.int(field, value)?,
             28 => i.custom_call_target = cursor.text(field, value)?,
             35 => raw.id = cursor.int(field, value)?,
             36 => cursor.ints(field, value, &mut raw.operands)?,

@@ -6,6 +6,7 @@
 //! neither unwinds into the plugin.
 
 use super::error::{Code, Error};
+use super::ffi_pool::ThreadPool;
 use super::ffi_sys as sys;
 use super::plugin::Plugin;
 use super::value::slice;
@@ -13,13 +14,9 @@ use crate::DType;
 use half::{bf16, f16};
 use std::any::TypeId;
 use std::collections::BTreeMap;
-use std::ffi::{CStr, CString, c_void};
-use std::marker::PhantomData;
+use std::ffi::{CString, c_void};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::PoisonError;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
-use std::thread::{self, Thread};
 
 /// A custom call that is a Rust function.
 pub trait Handler: 'static {
@@ -341,7 +338,7 @@ impl<'a> CallFrame<'a> {
 
     /// XLA's threads.
     pub fn thread_pool(&self) -> ThreadPool<'a> {
-        ThreadPool { api: self.raw.api, context: self.raw.context, _frame: PhantomData }
+        ThreadPool::new(self.raw)
     }
 }
 
@@ -569,192 +566,5 @@ unsafe fn read_values<'a>(values: &sys::RawValues) -> Option<Attribute<'a>> {
             DType::F64 => Attribute::F64s(slice(data.cast(), size)),
             _ => return None,
         })
-    }
-}
-
-/// XLA's threads, during a call. They are shared by all devices, and there may be one only: nothing here waits for a
-/// task that has not begun.
-#[derive(Clone, Copy)]
-pub struct ThreadPool<'a> {
-    api: *const sys::FfiApi,
-    context: *mut sys::RawContext,
-    _frame: PhantomData<&'a sys::RawFrame>,
-}
-
-// SAFETY: XLA's pool may be asked and fed from any thread while the call lasts, which `'a` says.
-unsafe impl Send for ThreadPool<'_> {}
-// SAFETY: as above.
-unsafe impl Sync for ThreadPool<'_> {}
-
-/// A boxed task.
-type Task = Box<dyn FnOnce() + Send>;
-
-impl ThreadPool<'_> {
-    /// Number of threads in the pool.
-    ///
-    /// # Errors
-    /// There is no pool.
-    pub fn num_threads(&self) -> Result<usize, FfiError> {
-        let mut num_threads = 0i64;
-        let mut args = sys::PoolNumThreads {
-            struct_size: size_of::<sys::PoolNumThreads>(),
-            extension_start: std::ptr::null_mut(),
-            context: self.context,
-            num_threads: &mut num_threads,
-        };
-        // SAFETY: the table and the context are valid during the call.
-        let error = unsafe { (*self.api).pool_num_threads.map(|f| f(&mut args)) };
-        self.check(error)?;
-        Ok(usize::try_from(num_threads).unwrap_or(0))
-    }
-
-    /// Queues a task. It may run after the handler has returned, on any thread, or on this one at once. **Do not wait
-    /// for it**: with one thread it never begins while the handler runs.
-    ///
-    /// # Errors
-    /// There is no pool; the task will not run.
-    pub fn schedule(&self, task: impl FnOnce() + Send + 'static) -> Result<(), FfiError> {
-        let data = Box::into_raw(Box::new(Box::new(task) as Task));
-        let mut args = sys::PoolSchedule {
-            struct_size: size_of::<sys::PoolSchedule>(),
-            extension_start: std::ptr::null_mut(),
-            context: self.context,
-            task: run_task,
-            data: data.cast::<c_void>(),
-        };
-        // SAFETY: the table and the context are valid during the call.
-        let error = unsafe { (*self.api).pool_schedule.map(|f| f(&mut args)) };
-        self.check(error).inspect_err(|_| {
-            // SAFETY: the pool refused the task, so the box is still ours alone.
-            drop(unsafe { Box::from_raw(data) });
-        })
-    }
-
-    /// Runs `f(0)`, …, `f(chunks - 1)`, each once, on this thread and on as many of the pool's as come in time, and
-    /// returns when all are done. Chunks are handed out one by one, so a slow thread delays at most its own.
-    ///
-    /// # Errors
-    /// A chunk panicked.
-    pub fn for_each(&self, chunks: usize, f: impl Fn(usize) + Sync) -> Result<(), FfiError> {
-        let f: *const (dyn Fn(usize) + Sync) = &f;
-        // SAFETY: only the lifetime changes, which a pointer does not promise anything about; see `Job`.
-        let f: *const (dyn Fn(usize) + Sync + 'static) = unsafe { std::mem::transmute(f) };
-        let job = Arc::new(Job {
-            f,
-            chunks,
-            next: AtomicUsize::new(0),
-            done: AtomicUsize::new(0),
-            panic: Mutex::new(None),
-            panicked: AtomicBool::new(false),
-            caller: thread::current(),
-        });
-        let helpers = self.num_threads().unwrap_or(1).min(chunks).saturating_sub(1);
-        for _ in 0..helpers {
-            let job = job.clone();
-            // A pool that refuses leaves the work to this thread.
-            if self.schedule(move || job.work()).is_err() {
-                break;
-            }
-        }
-        job.work();
-        job.wait();
-        if job.panicked.load(Ordering::Acquire) {
-            let text = job.panic.lock().unwrap_or_else(PoisonError::into_inner).take();
-            return Err(FfiError::new(Code::Internal, format!("a chunk panicked: {}", text.unwrap_or_default())));
-        }
-        Ok(())
-    }
-
-    /// Turns what the pool answered into a result; `None` is a table without the function.
-    fn check(&self, answer: Option<*mut sys::RawFfiError>) -> Result<(), FfiError> {
-        let Some(error) = answer else {
-            return Err(FfiError::new(Code::Unimplemented, "XLA's FFI has no thread pool here"));
-        };
-        if error.is_null() {
-            return Ok(());
-        }
-        let mut message = sys::ErrorGetMessage {
-            struct_size: size_of::<sys::ErrorGetMessage>(),
-            extension_start: std::ptr::null_mut(),
-            error,
-            message: std::ptr::null(),
-        };
-        let mut destroy = sys::ErrorDestroy {
-            struct_size: size_of::<sys::ErrorDestroy>(),
-            extension_start: std::ptr::null_mut(),
-            error,
-        };
-        // SAFETY: the table is valid during the call, the error is alive until it is destroyed here, and its message
-        // is text that ends in a zero byte.
-        let text = unsafe {
-            (*self.api).error_get_message.inspect(|f| f(&mut message));
-            let text = (!message.message.is_null()).then(|| CStr::from_ptr(message.message).to_string_lossy().into());
-            (*self.api).error_destroy.inspect(|f| f(&mut destroy));
-            text
-        };
-        Err(FfiError::new(Code::Internal, text.unwrap_or_else(|| "the thread pool failed".to_owned())))
-    }
-}
-
-/// Called by the pool, once per task. Never unwinds.
-unsafe extern "C" fn run_task(data: *mut c_void) {
-    let _ = catch_unwind(AssertUnwindSafe(|| {
-        // SAFETY: `data` is the box that `schedule` made, and the pool runs a task once.
-        let task = unsafe { Box::from_raw(data.cast::<Task>()) };
-        task();
-    }));
-}
-
-/// The chunks of one [`ThreadPool::for_each`]. Helpers that come late find no chunk left and touch nothing else.
-struct Job {
-    /// Lives until all chunks are done, on the stack of the caller, who waits for that.
-    f: *const (dyn Fn(usize) + Sync),
-    chunks: usize,
-    next: AtomicUsize,
-    done: AtomicUsize,
-    panicked: AtomicBool,
-    panic: Mutex<Option<String>>,
-    caller: Thread,
-}
-
-// SAFETY: what `f` points to may be used by several threads at once (`Sync`), and is used only for chunks that the
-// caller waits for; all else in it is `Send` and `Sync`.
-unsafe impl Send for Job {}
-// SAFETY: as above.
-unsafe impl Sync for Job {}
-
-impl Job {
-    /// Takes chunks until none is left.
-    fn work(&self) {
-        loop {
-            let chunk = self.next.fetch_add(1, Ordering::Relaxed);
-            if chunk >= self.chunks {
-                return;
-            }
-            // SAFETY: this chunk is not done, so the caller still waits and `f` is alive.
-            let f = unsafe { &*self.f };
-            if let Err(panic) = catch_unwind(AssertUnwindSafe(|| f(chunk))) {
-                let text = panic_text(&*panic).to_owned();
-                *self.panic.lock().unwrap_or_else(PoisonError::into_inner) = Some(text);
-                self.panicked.store(true, Ordering::Release);
-            }
-            // Release: what the chunk wrote is visible to whoever sees the count.
-            if self.done.fetch_add(1, Ordering::AcqRel) + 1 == self.chunks {
-                self.caller.unpark();
-            }
-        }
-    }
-
-    /// Waits for the chunks that other threads have taken; each of them is running.
-    fn wait(&self) {
-        let mut spins = 0u32;
-        while self.done.load(Ordering::Acquire) < self.chunks {
-            if spins < 2000 {
-                spins += 1;
-                std::hint::spin_loop();
-            } else {
-                thread::park_timeout(std::time::Duration::from_micros(200));
-            }
-        }
     }
 }

@@ -34,6 +34,7 @@
 
 mod buffer;
 mod client;
+mod crew;
 mod device;
 mod element;
 mod error;
@@ -41,6 +42,7 @@ mod event;
 mod executable;
 mod exit;
 mod ffi;
+mod ffi_pool;
 mod ffi_sys;
 mod key_value;
 mod library;
@@ -60,7 +62,8 @@ pub use error::{Code, Error};
 pub use event::Event;
 pub use executable::{CompiledMemoryStats, Executable, ExecuteOptions, LoadedExecutable, OptimizedProgram, Shape};
 pub use exit::exit_at_once;
-pub use ffi::{Array, Attribute, Attributes, CallFrame, FfiElement, FfiError, FromAttribute, Handler, ThreadPool};
+pub use ffi::{Array, Attribute, Attributes, CallFrame, FfiElement, FfiError, FromAttribute, Handler};
+pub use ffi_pool::ThreadPool;
 pub use key_value::{KeyValueError, KeyValueStore};
 pub use mapped::MappedBytes;
 pub use memory_store::MemoryStore;
