@@ -1,0 +1,252 @@
+//! int8 activations · packed weights: lanes are outputs, so a group is dotted in integers without a sum across lanes,
+//! then scaled.
+
+use std::ops::Range;
+
+use half::f16;
+
+use super::TERMS;
+use super::input::{Codes, group_rows};
+use crate::packed::{BLOCK, Bits, Packed, Scales};
+use crate::simd::{Simd, prefetch};
+
+/// Bytes of codes that are fetched ahead.
+const AHEAD: usize = 4096;
+
+/// Columns `columns` (from the start of a block) of rows `rows` of x · w into `out`, rows of `stride`, the first row
+/// and column at its start.
+///
+/// # Safety
+/// `w` must be [`Packed::check`]ed for `k` terms, `x` be of as many, `columns` be within w, `rows` start where a
+/// group of rows of x does, and `out` be valid for writes.
+pub(super) unsafe fn columns<S: Simd>(
+    simd: S,
+    x: &Codes,
+    rows: Range<usize>,
+    k: usize,
+    w: &Packed,
+    columns: Range<usize>,
+    out: *mut f32,
+    stride: usize,
+) {
+    // SAFETY: handed on.
+    unsafe {
+        match (w.bits, w.group) {
+            (Bits::Eight, 32) => blocks::<S, 8, false>(simd, x, rows, k, w, columns, out, stride),
+            (Bits::Eight, _) => blocks::<S, 4, false>(simd, x, rows, k, w, columns, out, stride),
+            (Bits::Four, 32) => blocks::<S, 8, true>(simd, x, rows, k, w, columns, out, stride),
+            (Bits::Four, _) => blocks::<S, 4, true>(simd, x, rows, k, w, columns, out, stride),
+        }
+    }
+}
+
+/// [`columns`] for groups of 4·J terms, of 4 bits if `FOUR`.
+unsafe fn blocks<S: Simd, const J: usize, const FOUR: bool>(
+    simd: S,
+    x: &Codes,
+    rows: Range<usize>,
+    k: usize,
+    w: &Packed,
+    columns: Range<usize>,
+    out: *mut f32,
+    stride: usize,
+) {
+    let groups = k.div_ceil(4 * J);
+    let mut c = columns.start;
+    while c < columns.end {
+        let pair = S::REGISTERS == 32 && S::LANES == BLOCK && J == 8 && columns.end - c > BLOCK;
+        let strips = [c, if pair { c + BLOCK } else { c }].map(|c| Strip::new(w, groups, c));
+        let mut row = rows.start;
+        while row < rows.end {
+            // SAFETY: the strips' outputs and the rows are those the caller vouches for.
+            unsafe {
+                let x_rows = x.rows(row, groups, 4 * J);
+                let to = Target {
+                    at: out.add((row - rows.start) * stride + c - columns.start),
+                    stride,
+                    width: columns.end - c,
+                    fetch: row == rows.start && c.is_multiple_of(BLOCK),
+                };
+                let [first, second] = &strips;
+                let some = group_rows::<S>(x.all, rows.end - row, 4 * J);
+                if J == 8 && S::REGISTERS == 32 && S::LANES == BLOCK && some == 6 && pair {
+                    tile::<S, J, FOUR, 6, 2>(simd, x_rows, [first, second], groups, to);
+                } else {
+                    for (strip, to) in [(first, to), (second, to.next())].into_iter().take(1 + usize::from(pair)) {
+                        if J == 8 && S::REGISTERS == 32 && some == 8 {
+                            tile::<S, J, FOUR, 8, 1>(simd, x_rows, [strip], groups, to);
+                        } else if J == 8 && S::REGISTERS == 32 && S::LANES == BLOCK && some == 6 {
+                            tile::<S, J, FOUR, 6, 1>(simd, x_rows, [strip], groups, to);
+                        } else if some == 4 {
+                            tile::<S, J, FOUR, 4, 1>(simd, x_rows, [strip], groups, to);
+                        } else {
+                            tile::<S, J, FOUR, 1, 1>(simd, x_rows, [strip], groups, to);
+                        }
+                    }
+                }
+                row += some;
+            }
+        }
+        c += if pair { 2 * BLOCK } else { S::LANES };
+    }
+}
+
+/// Where results of some rows go.
+#[derive(Clone, Copy)]
+struct Target {
+    at: *mut f32,
+    stride: usize,
+    /// Columns from `at` on that there are.
+    width: usize,
+    /// Whether the weight is read for the first time.
+    fetch: bool,
+}
+
+impl Target {
+    /// The next block of columns.
+    fn next(self) -> Target {
+        Target { at: self.at.wrapping_add(BLOCK), width: self.width.saturating_sub(BLOCK), ..self }
+    }
+}
+
+/// A vector of outputs of a packed weight.
+struct Strip {
+    q: *const u8,
+    scales: Floats,
+    mins: Option<Floats>,
+}
+
+#[derive(Clone, Copy)]
+enum Floats {
+    F16(*const f16),
+    F32(*const f32),
+}
+
+impl Strip {
+    fn new(w: &Packed, groups: usize, column: usize) -> Strip {
+        let (block, lane) = (column / BLOCK * groups, column % BLOCK);
+        let floats = |values: Scales| match values {
+            Scales::F16(values) => Floats::F16(values[block * BLOCK + lane..].as_ptr()),
+            Scales::F32(values) => Floats::F32(values[block * BLOCK + lane..].as_ptr()),
+        };
+        // Without terms there is nothing to point at.
+        if groups == 0 {
+            return Strip { q: w.q.as_ptr(), scales: Floats::F32([].as_ptr()), mins: None };
+        }
+        let q = w.q[block * w.format().group_bytes() + lane * 4..].as_ptr();
+        Strip { q, scales: floats(w.scales), mins: w.mins.map(floats) }
+    }
+}
+
+impl Floats {
+    /// # Safety
+    /// A group `g` must be there.
+    #[inline(always)]
+    unsafe fn read<S: Simd>(self, simd: S, g: usize) -> S::F32 {
+        // SAFETY: the caller vouches for it.
+        unsafe {
+            match self {
+                Floats::F16(values) => simd.read_f16(values.add(g * BLOCK)),
+                Floats::F32(values) => simd.read(values.add(g * BLOCK)),
+            }
+        }
+    }
+}
+
+/// Codes of R rows of x: of each group, (J, R, 4) codes, and for each row −bias·Σcodes, the scale, and scale·Σcodes.
+#[derive(Clone, Copy)]
+pub(super) struct Rows {
+    pub(super) q: *const i8,
+    pub(super) start: *const i32,
+    pub(super) scale: *const f32,
+    pub(super) sum: *const f32,
+}
+
+/// R rows × H vectors of outputs.
+///
+/// # Safety
+/// `x` must be a group of R rows with `groups` groups, `w` have as many, `to` be valid for writes.
+#[allow(clippy::needless_range_loop)]
+unsafe fn tile<S: Simd, const J: usize, const FOUR: bool, const R: usize, const H: usize>(
+    simd: S,
+    x: Rows,
+    w: [&Strip; H],
+    groups: usize,
+    to: Target,
+) {
+    simd.vectorize(
+        #[inline(always)]
+        || {
+            let bytes = if FOUR { J * BLOCK * 2 } else { J * BLOCK * 4 };
+            let low = simd.splat_i32(0x0f0f_0f0f);
+            let mut first = 0;
+            // SAFETY: groups below `groups`.
+            unsafe {
+                loop {
+                    let end = groups.min(first + TERMS);
+                    let mut acc = [[simd.zero(); H]; R];
+                    for g in first..end {
+                        let q = w.map(|w| w.q.add(g * bytes));
+                        if to.fetch {
+                            for line in 0..bytes / 64 {
+                                q.iter().for_each(|q| prefetch(q.wrapping_add(AHEAD + line * 64)));
+                            }
+                        }
+                        let mut dots = [[simd.splat_i32(0); H]; R];
+                        for (r, dots) in dots.iter_mut().enumerate() {
+                            *dots = [simd.splat_i32(*x.start.add(g * R + r)); H];
+                        }
+                        let xq = x.q.add(g * J * R * 4);
+                        let dot = |dots: &mut [[S::I32; H]; R], w: [S::I32; H], j: usize| {
+                            for (r, dots) in dots.iter_mut().enumerate() {
+                                let x = simd.splat_i32(xq.add((j * R + r) * 4).cast::<i32>().read_unaligned());
+                                for (dot, w) in dots.iter_mut().zip(w) {
+                                    *dot = simd.dot(*dot, w, x);
+                                }
+                            }
+                        };
+                        if FOUR {
+                            for j in 0..J / 2 {
+                                let both = q.map(|q| simd.read_i32(q.add(j * 64)));
+                                dot(&mut dots, both.map(|w| simd.and(w, low)), j);
+                                dot(&mut dots, both.map(|w| simd.and(simd.shift_right::<4>(w), low)), j + J / 2);
+                            }
+                        } else {
+                            for j in 0..J {
+                                dot(&mut dots, q.map(|q| simd.read_i32(q.add(j * 64))), j);
+                            }
+                        }
+                        let scales = w.map(|w| w.scales.read(simd, g));
+                        for r in 0..R {
+                            let scale = simd.splat(*x.scale.add(g * R + r));
+                            for h in 0..H {
+                                acc[r][h] = simd.fma(simd.mul(simd.to_f32(dots[r][h]), scale), scales[h], acc[r][h]);
+                            }
+                        }
+                        if w[0].mins.is_some() {
+                            let mins = w.map(|w| w.mins.map_or(simd.zero(), |mins| mins.read(simd, g)));
+                            for r in 0..R {
+                                let sum = simd.splat(*x.sum.add(g * R + r));
+                                for h in 0..H {
+                                    acc[r][h] = simd.fma(sum, mins[h], acc[r][h]);
+                                }
+                            }
+                        }
+                    }
+                    for r in 0..R {
+                        for h in 0..H {
+                            let at = to.at.wrapping_add(r * to.stride + h * BLOCK);
+                            let lanes = to.width.saturating_sub(h * BLOCK).min(S::LANES);
+                            let before = if first > 0 { simd.read_part(at, lanes) } else { simd.zero() };
+                            simd.write_part(at, lanes, simd.add(before, acc[r][h]));
+                        }
+                    }
+                    first = end;
+                    if first >= groups {
+                        return;
+                    }
+                }
+            }
+        },
+    );
+}
