@@ -21,7 +21,7 @@ use xllama::compile::{Job, Machine, Step, Target, mesh_for, presets};
 use xllama::config::ModelConfig;
 use xllama::kv_cache::{KvCache, LayerCache, Place};
 use xllama::model::{self, LayerInput, Rope};
-use xllama::params::{self, DecoderBlock, Llama, Param};
+use xllama::params::{self, DecoderBlock, Llama, Param, Weight};
 use xllama::runtime::{Blueprint, CacheOptions, StepSpec, device};
 use xllama::sharding::MeshShape;
 
@@ -169,9 +169,11 @@ fn text(
     let Args { step, batch, len, dtype, .. } = *args;
     let (cache, partitioner) = (CacheOptions::default(), Emission::Shardy);
     let model = args.model.as_str();
-    let job = Job { model, cfg, params, dtype, step, batch, len, cache, mesh, partitioner, platform };
+    let kernels = &[];
+    let job = Job { model, cfg, params, dtype, step, batch, len, cache, mesh, partitioner, platform, kernels };
     let model = Blueprint::new(cfg, params, dtype, mesh, platform)?;
-    let module = build(form, &job.spec(), &model)?;
+    let spec = StepSpec::alone(step.tokens(), job.cache_shape(), &model);
+    let module = build(form, &spec, &model)?;
     let mut options = model.compile_options();
     options.env_options.extend(args.options.iter().cloned());
     let text = model.stablehlo(&module);
@@ -272,7 +274,7 @@ fn stacked_cache(g: &Graph, spec: &StepSpec, cfg: &ModelConfig) -> KvCache<Tenso
 
 /// `model::forward` with the layers as a loop: of each stacked array the body takes its layer, and puts the layer's cache back.
 fn forward_loop(
-    p: &Llama<Tensor>,
+    p: &Llama<Weight>,
     tokens: &Tensor,
     place: &Place,
     frequencies: &[Tensor],
@@ -282,14 +284,15 @@ fn forward_loop(
 ) -> (Tensor, KvCache<Tensor>) {
     let (g, layer, block, caches) = (tokens.graph(), &cfg.layers[0], &p.layers[0], &cache.layers[0].arrays);
     let rope = layer.rope.map(|rope| model::ropes(&place.positions, frequencies, cfg).swap_remove(rope));
-    let x = p.embedding.take(tokens, 0).cast(DType::F32).shard(["batch", "sequence", "hidden"]);
+    let x = p.embedding.float().take(tokens, 0).cast(DType::F32).shard(["batch", "sequence", "hidden"]);
     let start = g.scalar(0i64, DType::I32);
     let mut values = vec![&start, &x];
     values.extend(caches);
     let renewed = values.len();
     values.extend([&place.positions, &place.first]);
     values.extend(rope.iter().flat_map(|rope| [&rope.cos, &rope.sin]));
-    values.extend(block.iter());
+    let block_tensors: Vec<Tensor> = block.iter().into_iter().map(Weight::float).collect();
+    values.extend(&block_tensors);
     let body = |values: &[Tensor]| {
         let (i, x, caches) = (&values[0], &values[1], &values[2..renewed]);
         let mut rest = values[renewed..].iter().cloned();
@@ -297,7 +300,7 @@ fn forward_loop(
         let (positions, first) = (next(), next());
         let place = Place { positions, first, ..place.clone() };
         let rope = rope.as_ref().map(|_| Rope { cos: next(), sin: next() });
-        let p: DecoderBlock<Tensor> = block.as_ref().map(&mut |_| layer_of(&next(), i));
+        let p: DecoderBlock<Weight> = block.as_ref().map(&mut |weight| weight.with(|| layer_of(&next(), i)));
         let cache = LayerCache { arrays: caches.iter().map(|stack| layer_of(stack, i)).collect() };
         let at = LayerInput { rope: rope.as_ref(), place: &place, cache: &cache, layout: spec.cache.layout(layer) };
         let (x, new) = model::decoder_block(&p, x, &at, cfg);
@@ -311,7 +314,7 @@ fn forward_loop(
     };
     let out = g.while_loop(&values, |values| values[0].lt(cfg.n_layers as i64), body);
     let cache = KvCache { layers: vec![LayerCache { arrays: out[2..renewed].to_vec() }] };
-    (model::rms_norm(&out[1], &p.final_norm, cfg), cache)
+    (model::rms_norm(&out[1], &p.final_norm.float(), cfg), cache)
 }
 
 /// Layer i of a stacked array.

@@ -1,10 +1,19 @@
 #!/usr/bin/env python3
 """Compare xllama's speed with its peers on this machine, in one interleaved run.
 
-    python3 scripts/bench_peers.py [--model DIR] [--peers jax,torch,llama.cpp] [--dtype f32|bf16] [--json]
+    python3 scripts/bench_peers.py [--model DIR] [--peers llama.cpp,candle] [--dtype f32|bf16|int8|int4] [--json]
+    python3 scripts/bench_peers.py --shape llama-3.2-1b --dtype bf16 --peers none
 
 Every engine reads the same checkpoint (a folder in Hugging Face form; by default SmolLM2, written into the cache by
-`xllama export-hf smollm2-135m`), prefills --prompt-tokens ids and then decodes --gen-tokens more, greedily, batch of 1.
+`xllama export-hf smollm2-135m`; with --shape random weights of a known model's shape, drawn once into the cache),
+prefills --prompt-tokens ids and then decodes --gen-tokens more, greedily, batch of 1.
+
+What --dtype means: llama.cpp has every matrix as F32, BF16, Q8_0 or Q4_0 and its key/value cache as f32, bf16, f16 or
+f16, as xllama has it. "Every" includes the embedding, which is also the head where the two are tied: the same as
+`llama-quantize --pure`; without --pure the head of a Q4_0 file is kept finer and decodes slower. candle has f32 weights
+or the same Q8_0 and Q4_0 file, always with a cache in f32; jax and torch have f32 and bf16. Who lacks a dtype is left
+out, with a word.
+
 Each runs as a process that loads and warms up once and then does one repetition on command; the engines take turns
 (in an order that rotates), and all but the one at work are stopped (SIGSTOP). Prefill ends when the first new token is
 known, which needs the last position's logits only; decoding is one step a token. Ratios are medians of the rounds' own
@@ -12,7 +21,8 @@ ratios, since a machine's speed drifts.
 
 Peers are installed on first use, each into a virtual environment in the cache folder (XDG_CACHE_HOME or ~/.cache, then
 xllama/venvs), pinned below: jax 0.7 GB; torch 5.6 GB (shared with make_golden.py); llama.cpp is compiled from the
-source package of llama-cpp-python for this very CPU, which needs a C++ compiler and takes 5 to 30 minutes, once.
+source package of llama-cpp-python for this very CPU, which needs a C++ compiler and takes 5 to 30 minutes, once;
+candle is built by cargo for this very CPU, out of a generated project in the cache, in some minutes, once.
 Needs python >= 3.11 with venv and pip, `cargo build --release` before, and an idle machine: on a busy one, engines
 whose threads spin while they wait for each other (torch, llama.cpp) lose far more than the others.
 """
@@ -43,6 +53,44 @@ PEERS = {
         ["llama-cpp-python==0.3.36", "gguf==0.19.0", "numpy==2.4.6", "tokenizers==0.23.3"],
         ["--no-binary", "llama-cpp-python"],
     ),
+    "candle": ("gguf", ["gguf==0.19.0", "numpy==2.4.6", "tokenizers==0.23.3"], []),  # and CANDLE_CARGO below
+}
+DTYPES = {
+    "jax": ["f32", "bf16"],
+    "torch": ["f32", "bf16"],
+    "llama.cpp": ["f32", "bf16", "int8", "int4"],
+    "candle": ["f32", "int8", "int4"],  # its products on a CPU take no bf16
+}
+GGUF_WEIGHTS = {"f32": "F32", "bf16": "BF16", "int8": "Q8_0", "int4": "Q4_0"}
+GGUF_CACHE = {"f32": "F32", "bf16": "BF16", "int8": "F16", "int4": "F16"}
+CANDLE = "0.11.1"
+SHAPES = {
+    "llama-3.2-1b": {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "vocab_size": 128256,
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 500000.0,
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": 32.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+        "hidden_act": "silu",
+        "tie_word_embeddings": True,
+        "torch_dtype": "bfloat16",
+        "bos_token_id": 128000,
+        "eos_token_id": 128001,
+    }
 }
 GREEDY_PROMPT, GREEDY_TOKENS = "Once upon a time", 16
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -52,8 +100,9 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "xlla
 def parse_arguments():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("--model", metavar="DIR", help="a checkpoint in Hugging Face form (default: SmolLM2-135M)")
-    ap.add_argument("--peers", default=",".join(PEERS), help="which, comma-separated (default: %(default)s)")
-    ap.add_argument("--dtype", choices=["f32", "bf16"], default="f32", help="of weights and arithmetic")
+    ap.add_argument("--shape", choices=SHAPES, help="random bf16 weights of this model's shape instead of --model")
+    ap.add_argument("--peers", default=",".join(PEERS), help="which, comma-separated, or none (default: %(default)s)")
+    ap.add_argument("--dtype", choices=GGUF_WEIGHTS, default="f32", help="of weights and arithmetic")
     ap.add_argument("--prompt-tokens", type=int, default=512, metavar="N")
     ap.add_argument("--gen-tokens", type=int, default=64, metavar="N")
     ap.add_argument("--repeat", type=int, default=7, metavar="N", help="rounds (default: %(default)s)")
@@ -62,8 +111,12 @@ def parse_arguments():
     ap.add_argument("--without-xllama", action="store_true", help="only the peers")
     ap.add_argument("--json", action="store_true", help="JSON on standard output, the table on standard error")
     ap.add_argument("--worker", choices=PEERS, help=argparse.SUPPRESS)
+    ap.add_argument("--candle", metavar="BIN", help=argparse.SUPPRESS)
+    ap.add_argument("--write-random", metavar="DIR", help=argparse.SUPPRESS)
     args = ap.parse_args()
-    args.peers = [p for p in args.peers.split(",") if p]
+    if args.shape and args.model:
+        ap.error("--shape and --model are two models: give one of them")
+    args.peers = [p for p in args.peers.split(",") if p and args.peers != "none"]
     for peer in args.peers:
         if peer not in PEERS:
             ap.error(f"--peers: expected some of {', '.join(PEERS)}, found {peer}")
@@ -110,6 +163,30 @@ def environment(peer):
                 raise BenchError(f"could not be installed: {e}") from None
             complete.touch()
     return python
+
+
+def candle_binary():
+    """The program that runs candle; compiled on the first call."""
+    import fcntl
+
+    key = hashlib.sha256((CANDLE_CARGO + CANDLE_MAIN).encode()).hexdigest()[:12]
+    project = CACHE / "bench" / f"candle-{key}"
+    binary = project / "target" / "release" / "candle-peer"
+    with open(f"{project}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not binary.exists():
+            (project / "src").mkdir(parents=True, exist_ok=True)
+            (project / "Cargo.toml").write_text(CANDLE_CARGO)
+            (project / "src" / "main.rs").write_text(CANDLE_MAIN)
+            say(f"building candle {CANDLE} in {project} (once; this takes some minutes)")
+            flags = {"CARGO_TARGET_DIR": str(project / "target"), "RUSTFLAGS": "-C target-cpu=native"}
+            try:
+                subprocess.run(
+                    ["cargo", "build", "--release"], cwd=project, env=os.environ | flags, check=True, stdout=sys.stderr
+                )
+            except (OSError, subprocess.CalledProcessError) as e:
+                raise BenchError(f"could not be built: {e}") from None
+    return binary
 
 
 class Engine:
@@ -177,6 +254,59 @@ def default_model(xllama):
     return str(folder)
 
 
+def random_model(shape):
+    """A folder with a config.json and bf16 weights drawn from a normal distribution; no tokenizer."""
+    folder = CACHE / "bench" / f"{shape}-random"
+    if (folder / "config.json").exists():
+        return str(folder)
+    python = environment("candle")
+    say(f"drawing the weights of {shape} into {folder}")
+    folder.mkdir(parents=True, exist_ok=True)
+    subprocess.run([python, __file__, "--write-random", folder, "--shape", shape], check=True, stdout=sys.stderr)
+    return str(folder)
+
+
+def write_random(folder, config):
+    """model.safetensors and then, as the mark of a whole folder, config.json. Norms are 1, matrices deviate by 0.02."""
+    import numpy as np
+
+    layers, h, g, k = sizes(config)
+    m, f, v = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
+    shapes = {"model.embed_tokens.weight": (v, m), "model.norm.weight": (m,)}
+    for i in range(layers):
+        parts = {
+            "self_attn.q_proj": (h * k, m),
+            "self_attn.k_proj": (g * k, m),
+            "self_attn.v_proj": (g * k, m),
+            "self_attn.o_proj": (m, h * k),
+            "mlp.gate_proj": (f, m),
+            "mlp.up_proj": (f, m),
+            "mlp.down_proj": (m, f),
+            "input_layernorm": (m,),
+            "post_attention_layernorm": (m,),
+        }
+        shapes |= {f"model.layers.{i}.{part}.weight": shape for part, shape in parts.items()}
+    header, at = {}, 0
+    for name, shape in shapes.items():
+        size = 2 * math.prod(shape)
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [at, at + size]}
+        at += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    draw = np.random.default_rng(0)
+    with open(folder / "model.safetensors", "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for shape in shapes.values():
+            count = math.prod(shape)
+            # One million values, repeated: drawing all of them takes a minute and reads no faster.
+            a = draw.standard_normal(min(count, 1 << 20), np.float32) * np.float32(0.02)
+            a = a if len(shape) > 1 else np.ones(m, np.float32)
+            bits = (a.view(np.uint32) >> 16).astype(np.uint16)
+            for begin in range(0, count, bits.size):
+                file.write(bits[: count - begin].tobytes())
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+
+
 def xllama_greedy(xllama, args):
     out = subprocess.run(
         [
@@ -225,9 +355,11 @@ def drive(args):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.cores])  # the engines inherit it
     (CACHE / "bench").mkdir(parents=True, exist_ok=True)
     xllama = None if args.without_xllama else find_xllama(args)
-    if args.model is None:
+    if args.shape:
+        args.model = random_model(args.shape)
+    elif args.model is None:
         if xllama is None:
-            raise BenchError("--without-xllama needs --model DIR")
+            raise BenchError("--without-xllama needs --model DIR or --shape")
         args.model = default_model(xllama)
     args.model = os.path.abspath(args.model)
     common = [
@@ -245,7 +377,11 @@ def drive(args):
     try:
         for name in [*commands, *args.peers]:
             try:
+                if args.dtype not in DTYPES.get(name, [args.dtype]):
+                    raise BenchError(f"has no {args.dtype} here")
                 command = commands.get(name) or [environment(name), __file__, *common, "--worker", name]
+                if name == "candle":
+                    command += ["--candle", candle_binary()]
                 say(f"loading {name}")
                 engines.append(Engine(name, command))
             except BenchError as e:
@@ -347,6 +483,8 @@ def report(args, versions, samples, greedy, left_out, busy):
 
 def serve(args):
     """Answers the driver. An engine maps (ids, count) to (prefill seconds, decode seconds, 1 + count tokens)."""
+    if args.worker == "candle":
+        become_candle(args)
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # libraries may print what they like
     config = json.loads((Path(args.model) / "config.json").read_text())
@@ -561,13 +699,13 @@ def torch_engine(args, config):
 
 
 def write_gguf(args, config, path):
-    """The checkpoint as GGUF: query and key rows in the interleaved order that llama.cpp rotates, norms in float32, no
-    vocabulary, rotary scaling as divisors of the plain frequencies."""
+    """The checkpoint as GGUF, every matrix in the run's type: query and key rows in the interleaved order that
+    llama.cpp rotates, norms in float32, no vocabulary, rotary scaling as divisors of the plain frequencies."""
     import gguf
     import numpy as np
 
     layers, h, g, k = sizes(config)
-    kind = gguf.GGMLQuantizationType[args.dtype.upper()]
+    kind = gguf.GGMLQuantizationType[GGUF_WEIGHTS[args.dtype]]
     w = read_weights(args.model)
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_context_length(config["max_position_embeddings"])
@@ -619,15 +757,10 @@ def write_gguf(args, config, path):
     writer.close()
 
 
-def llama_cpp_engine(args, config):
-    """llama.cpp through its C functions. Its key/value cache has the dtype of the run (its own default is f16); the
-    prompt is one batch; the rest is as it comes, with all cores."""
-    import gguf
-    import llama_cpp as api
-    import numpy as np
-
+def gguf_of(args, config):
+    """Where the checkpoint lies as GGUF; written on the first call."""
     if config.get("hidden_act", "silu") != "silu":
-        raise BenchError(f"llama.cpp runs this architecture with silu only, found {config['hidden_act']}")
+        raise BenchError(f"this architecture runs with silu only as GGUF, found {config['hidden_act']}")
     files = sorted(Path(args.model).glob("*.safetensors")) + [Path(args.model) / "config.json"]
     key = [
         str(Path(args.model).resolve()),
@@ -639,14 +772,24 @@ def llama_cpp_engine(args, config):
         partial = path.with_suffix(f".partial-{os.getpid()}")
         write_gguf(args, config, partial)
         partial.rename(path)
+    return path
+
+
+def llama_cpp_engine(args, config):
+    """llama.cpp through its C functions, with all cores; its micro-batches are its own 512, the rest is as it comes."""
+    import gguf
+    import llama_cpp as api
+    import numpy as np
+
+    path = gguf_of(args, config)
     api.llama_backend_init()
     model = api.llama_model_load_from_file(str(path).encode(), api.llama_model_default_params())
     if not model:
         raise BenchError(f"llama.cpp could not load {path}")
     params = api.llama_context_default_params()
-    params.n_ctx = params.n_batch = params.n_ubatch = args.prompt_tokens + args.gen_tokens
+    params.n_ctx = params.n_batch = args.prompt_tokens + args.gen_tokens
     params.n_threads = params.n_threads_batch = len(os.sched_getaffinity(0))
-    params.type_k = params.type_v = int(gguf.GGMLQuantizationType[args.dtype.upper()])
+    params.type_k = params.type_v = int(gguf.GGMLQuantizationType[GGUF_CACHE[args.dtype]])
     context = api.llama_init_from_model(model, params)
     vocab = config["vocab_size"]
 
@@ -668,11 +811,137 @@ def llama_cpp_engine(args, config):
     return engine, {"llama-cpp-python": api.__version__}
 
 
+def become_candle(args):
+    """Replaces this process by candle's program, which speaks with the driver as serve() does."""
+    config = json.loads((Path(args.model) / "config.json").read_text())
+    weights, greedy, tokenizer = "-", [], Path(args.model) / "tokenizer.json"
+    if args.dtype != "f32":
+        weights = gguf_of(args, config)
+    if tokenizer.exists():
+        from tokenizers import Tokenizer
+
+        greedy = Tokenizer.from_file(str(tokenizer)).encode(GREEDY_PROMPT).ids
+    command = [args.candle, args.model, weights, args.prompt_tokens, args.gen_tokens, GREEDY_TOKENS]
+    os.execv(args.candle, [str(c) for c in command] + [",".join(map(str, greedy))])
+
+
+CANDLE_CARGO = f"""\
+[package]
+name = "candle-peer"
+version = "0.0.0"
+edition = "2024"
+
+[dependencies]
+candle-core = "={CANDLE}"
+candle-nn = "={CANDLE}"
+candle-transformers = "={CANDLE}"
+serde_json = "1"
+
+[profile.release]
+lto = "thin"
+codegen-units = 4
+
+[workspace]
+"""
+CANDLE_MAIN = r"""
+//! candle-peer MODEL_DIR GGUF|- PROMPT_TOKENS GEN_TOKENS GREEDY_TOKENS GREEDY_IDS: answers bench_peers.py.
+//! Runs candle's quantised Llama on the GGUF, or its plain one in f32 on the folder.
+
+use std::io::{BufRead, Write};
+use std::time::Instant;
+
+use candle_core::quantized::gguf_file;
+use candle_core::{D, DType, Device, Result, Tensor};
+use candle_nn::VarBuilder;
+use candle_transformers::models::{llama, quantized_llama};
+
+enum Model {
+    Float(llama::Llama, llama::Config),
+    Quantized(quantized_llama::ModelWeights),
+}
+
+/// (prefill seconds, decode seconds, 1 + count tokens)
+fn run(model: &mut Model, ids: &[u32], count: usize) -> Result<(f64, f64, Vec<u32>)> {
+    let mut cache = match model {
+        Model::Float(_, config) => Some(llama::Cache::new(true, DType::F32, config, &Device::Cpu)?),
+        Model::Quantized(model) => {
+            model.clear_kv_cache();
+            None
+        }
+    };
+    let (mut input, mut start, mut tokens, mut times) = (ids.to_vec(), 0, Vec::new(), vec![Instant::now()]);
+    for _ in 0..1 + count {
+        let x = Tensor::new(input.as_slice(), &Device::Cpu)?.unsqueeze(0)?;
+        let logits = match (&mut *model, &mut cache) {
+            (Model::Float(model, _), Some(cache)) => model.forward(&x, start, cache)?,
+            (Model::Quantized(model), _) => model.forward(&x, start)?,
+            (Model::Float(..), None) => unreachable!("a float model has a cache"),
+        };
+        let token = logits.argmax(D::Minus1)?.flatten_all()?.to_vec1::<u32>()?[0];
+        start += input.len();
+        input = vec![token];
+        tokens.push(token);
+        times.push(Instant::now());
+    }
+    Ok(((times[1] - times[0]).as_secs_f64(), (times[1 + count] - times[1]).as_secs_f64(), tokens))
+}
+
+fn main() -> std::result::Result<(), Box<dyn std::error::Error>> {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    let [folder, gguf, prompt, gen_tokens, greedy_tokens, greedy] = args.as_slice() else {
+        return Err("expected six arguments".into());
+    };
+    let (prompt, count, greedy_count): (usize, usize, usize) =
+        (prompt.parse()?, gen_tokens.parse()?, greedy_tokens.parse()?);
+    let greedy = greedy.split(',').filter(|s| !s.is_empty()).map(str::parse);
+    let greedy = greedy.collect::<std::result::Result<Vec<u32>, _>>()?;
+    let config: llama::LlamaConfig = serde_json::from_slice(&std::fs::read(format!("{folder}/config.json"))?)?;
+    let vocab = config.vocab_size;
+    let mut model = if gguf == "-" {
+        let mut files = Vec::new();
+        for entry in std::fs::read_dir(folder)? {
+            let path = entry?.path();
+            if path.extension().is_some_and(|e| e == "safetensors") {
+                files.push(path);
+            }
+        }
+        let config = config.into_config(false);
+        // SAFETY: nobody writes the checkpoint while this program runs.
+        let weights = unsafe { VarBuilder::from_mmaped_safetensors(&files, DType::F32, &Device::Cpu)? };
+        Model::Float(llama::Llama::load(weights, &config)?, config)
+    } else {
+        let mut file = std::fs::File::open(gguf)?;
+        let content = gguf_file::Content::read(&mut file)?;
+        Model::Quantized(quantized_llama::ModelWeights::from_gguf(content, &mut file, &Device::Cpu)?)
+    };
+    let ids: Vec<u32> = (0..prompt).map(|i| ((7919 * i + 17) % vocab) as u32).collect();
+    run(&mut model, &ids, count)?;
+    let mut out = std::io::stdout();
+    let mut answer = |value: serde_json::Value| -> std::io::Result<()> {
+        writeln!(out, "{value}")?;
+        out.flush()
+    };
+    answer(serde_json::json!({"ready": true, "versions": {"candle": "@VERSION@"}}))?;
+    for line in std::io::stdin().lock().lines() {
+        answer(if line?.trim() == "greedy" {
+            serde_json::json!({"tokens": run(&mut model, &greedy, greedy_count - 1)?.2})
+        } else {
+            let (prefill, decode, _) = run(&mut model, &ids, count)?;
+            serde_json::json!({"prefill_tok_s": prompt as f64 / prefill, "decode_tok_s": count as f64 / decode})
+        })?;
+    }
+    Ok(())
+}
+""".replace("@VERSION@", CANDLE)
+
+
 def main():
     args = parse_arguments()
     if sys.version_info < (3, 11):
         sys.exit(f"error: python must be 3.11 or later, found {sys.version.split()[0]}")
     try:
+        if args.write_random:
+            sys.exit(write_random(Path(args.write_random), SHAPES[args.shape]))
         sys.exit(serve(args) if args.worker else drive(args))
     except BenchError as e:
         sys.exit(f"error: {e}")

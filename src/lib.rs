@@ -16,6 +16,7 @@ pub mod model;
 pub mod models;
 pub mod params;
 pub mod perplexity;
+pub mod precision;
 pub mod runtime;
 pub mod sharding;
 pub mod text;

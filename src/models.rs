@@ -166,7 +166,7 @@ fn packaged(
     if folder.exists() {
         fs::remove_dir_all(&folder).map_err(Error::io("removing the damaged", &folder))?;
     }
-    let convert = ConvertOptions { dtype: Some(DType::BF16), ..ConvertOptions::default() };
+    let convert = ConvertOptions { dtype: Some(DType::BF16.into()), ..ConvertOptions::default() };
     let done =
         converter::convert(&gguf, &folder, &convert, &|done, total| progress(Progress::Convert(done, total)), cancel);
     match done {

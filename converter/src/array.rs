@@ -12,14 +12,39 @@ use crate::DType;
 /// plugins need to take host memory in place.
 pub(crate) const ALIGNMENT: usize = 64;
 
+/// Bytes whose memory begins at a multiple of 64: pages of their own, zeroed when first touched, and returned to the
+/// system at once when dropped, which a heap shared by many threads does not do.
+#[derive(Debug)]
+pub struct HostBytes(MmapMut);
+
+impl HostBytes {
+    /// So many zeros.
+    ///
+    /// # Errors
+    /// Not enough memory.
+    pub fn zeros(len: usize) -> io::Result<HostBytes> {
+        MmapMut::map_anon(len).map(HostBytes)
+    }
+}
+
+impl AsRef<[u8]> for HostBytes {
+    fn as_ref(&self) -> &[u8] {
+        &self.0
+    }
+}
+
+impl AsMut<[u8]> for HostBytes {
+    fn as_mut(&mut self) -> &mut [u8] {
+        &mut self.0
+    }
+}
+
 /// A dense row-major array whose memory begins at a multiple of 64 bytes.
 #[derive(Debug)]
 pub struct HostArray {
     dtype: DType,
     shape: Vec<usize>,
-    /// Pages of its own: aligned, zeroed when first touched, and returned to the system at once when dropped, which a
-    /// heap shared by many threads does not do.
-    pages: MmapMut,
+    bytes: HostBytes,
 }
 
 impl HostArray {
@@ -29,7 +54,7 @@ impl HostArray {
     /// Not enough memory.
     pub fn zeros(dtype: DType, shape: &[usize]) -> io::Result<HostArray> {
         let len = shape.iter().product::<usize>() * dtype.size();
-        Ok(HostArray { dtype, shape: shape.to_vec(), pages: MmapMut::map_anon(len)? })
+        Ok(HostArray { dtype, shape: shape.to_vec(), bytes: HostBytes::zeros(len)? })
     }
 
     /// Element type.
@@ -44,12 +69,12 @@ impl HostArray {
 
     /// The elements, little-endian, row-major.
     pub fn as_bytes(&self) -> &[u8] {
-        &self.pages
+        self.bytes.as_ref()
     }
 
     /// The same, to be written to.
     pub fn as_bytes_mut(&mut self) -> &mut [u8] {
-        &mut self.pages
+        self.bytes.as_mut()
     }
 
     /// A copy in float32 (float64 values are rounded).

@@ -63,6 +63,17 @@ impl DType {
     }
 }
 
+impl From<DType> for safetensors::Dtype {
+    fn from(dtype: DType) -> safetensors::Dtype {
+        match dtype {
+            DType::F16 => safetensors::Dtype::F16,
+            DType::BF16 => safetensors::Dtype::BF16,
+            DType::F32 => safetensors::Dtype::F32,
+            DType::F64 => safetensors::Dtype::F64,
+        }
+    }
+}
+
 impl fmt::Display for DType {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.name())

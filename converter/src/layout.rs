@@ -10,8 +10,8 @@
 
 use std::collections::HashMap;
 
-use crate::DType;
 use crate::config::{AttentionConfig, LayerConfig, ModelConfig, MoeConfig, QkNorm};
+use crate::{DType, Packing};
 
 /// All parameters of a Llama.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -280,8 +280,21 @@ pub struct Param {
     /// Whether it stays float32 whatever the type of the others.
     pub precise: bool,
     /// Element type: the checkpoint's own where the declaration comes from an opened checkpoint, else that of the
-    /// configuration (float32 if it names none).
+    /// configuration (float32 if it names none). Where the parameter is packed, the type that it has as floats.
     pub dtype: DType,
+    /// How the checkpoint stores it as integers; `None` where it has floats.
+    pub packing: Option<Packing>,
+}
+
+/// The product that a parameter is contracted in: K terms into N outputs, once for each expert.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Contraction {
+    /// How many experts have a matrix of their own.
+    pub experts: Option<usize>,
+    /// Terms: d_model of `q_proj` (M, H, K) and of the embedding (V, M), heads × head_dim of `out_proj` (H, K, M).
+    pub k: usize,
+    /// Outputs: heads × head_dim of `q_proj`, the vocabulary of the embedding.
+    pub n: usize,
 }
 
 /// Rows of a tensor in a Hugging Face checkpoint.
@@ -504,6 +517,7 @@ impl Scope<'_> {
             // transformers: `_keep_in_fp32_modules_strict`
             precise: here == "correction_bias",
             dtype: self.cfg.dtype.unwrap_or(DType::F32),
+            packing: None,
         }
     }
 
@@ -539,6 +553,29 @@ impl Param {
     /// Number of elements.
     pub fn elements(&self) -> usize {
         self.shape.iter().product()
+    }
+
+    /// The product that it is contracted in, where it may be packed for that: every matrix but a router, whose scores
+    /// choose, and a gate with one output. Hugging Face's form has the outputs as rows and the terms as columns.
+    pub fn contraction(&self) -> Option<Contraction> {
+        let per_expert = self.pattern.starts_with("E:");
+        let stored = self.pattern.trim_start_matches("E:").split_once("->").map_or(self.pattern, |(stored, _)| stored);
+        let matrix = stored_axes(stored).len() == 2 && !stored.starts_with(['1', 'E']) && !self.precise;
+        let piece = self.pieces.first().filter(|_| matrix)?;
+        Some(Contraction { experts: per_expert.then_some(self.pieces.len()), k: piece.columns(), n: piece.rows })
+    }
+
+    /// Bytes that it takes as it is stored.
+    pub fn stored_bytes(&self) -> u64 {
+        let bytes = match (self.packing, self.contraction()) {
+            (Some(packing), Some(of)) => {
+                let scales = packing.scales_shape(of).iter().product::<usize>() * packing.scales.dtype().size();
+                let times = if packing.format.mins { 2 } else { 1 };
+                packing.q_shape(of).iter().product::<usize>() + times * scales
+            }
+            _ => self.elements() * self.dtype.size(),
+        };
+        bytes as u64
     }
 
     /// Where Hugging Face's shape comes from, for messages: `9 heads × 64, hidden 576`.
@@ -585,6 +622,17 @@ mod tests {
         assert_eq!(p.lm_head.as_ref().map(|h| h.shape.clone()), Some(vec![20, 33]));
         let tied = Llama::declare(&ModelConfig { tie_word_embeddings: true, ..small() });
         assert!(tied.lm_head.is_none());
+    }
+
+    #[test]
+    fn what_is_contracted_has_terms_and_outputs() {
+        let p = Llama::declare(&small());
+        let of = |param: &Param| param.contraction().map(|c| (c.k, c.n));
+        let attention = &p.layers[0].attention;
+        assert_eq!((of(&attention.q_proj), of(&attention.k_proj)), (Some((20, 48)), Some((20, 16))));
+        assert_eq!((of(&attention.out_proj), of(&p.embedding)), (Some((48, 20)), Some((20, 33))));
+        assert_eq!(p.lm_head.as_ref().map(of), Some(Some((20, 33))));
+        assert_eq!((of(&p.final_norm), attention.q_bias.as_ref().and_then(of)), (None, None));
     }
 
     #[test]

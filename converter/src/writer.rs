@@ -12,7 +12,6 @@ use std::path::{Path, PathBuf};
 use safetensors::tensor::TensorInfo;
 use serde_json::{Map, Value, json};
 
-use crate::DType;
 use crate::array::ALIGNMENT;
 use crate::error::{Error, Result};
 use crate::shard::LENGTH;
@@ -21,13 +20,13 @@ use crate::shard::LENGTH;
 #[derive(Clone, Debug)]
 pub(crate) struct Entry {
     pub(crate) name: String,
-    pub(crate) dtype: DType,
+    pub(crate) dtype: safetensors::Dtype,
     pub(crate) shape: Vec<usize>,
 }
 
 impl Entry {
     pub(crate) fn bytes(&self) -> u64 {
-        (self.shape.iter().product::<usize>() * self.dtype.size()) as u64
+        (self.shape.iter().product::<usize>() * self.dtype.bitsize() / 8) as u64
     }
 }
 
@@ -77,10 +76,7 @@ impl Plan {
                 plan.places[i] = Place { file, offset: len };
                 let (first, last) = (len, len + entries[i].bytes());
                 let data_offsets = (first as usize, last as usize);
-                infos.push((
-                    tensor.clone(),
-                    TensorInfo { dtype: stored_type(*dtype), shape: shape.clone(), data_offsets },
-                ));
+                infos.push((tensor.clone(), TensorInfo { dtype: *dtype, shape: shape.clone(), data_offsets }));
                 weight_map.insert(tensor.clone(), name.clone());
                 len = last;
             }
@@ -115,15 +111,6 @@ fn split(entries: &[Entry], shard_size: u64) -> Vec<Vec<usize>> {
 /// Sorts multiples of 64 first, then by the largest power of two that divides the size.
 fn alignment_class(bytes: u64) -> Reverse<u32> {
     Reverse(bytes.trailing_zeros().min(ALIGNMENT.trailing_zeros()))
-}
-
-fn stored_type(dtype: DType) -> safetensors::Dtype {
-    match dtype {
-        DType::F16 => safetensors::Dtype::F16,
-        DType::BF16 => safetensors::Dtype::BF16,
-        DType::F32 => safetensors::Dtype::F32,
-        DType::F64 => safetensors::Dtype::F64,
-    }
 }
 
 /// Length and header, padded with spaces so that the data begins at a multiple of 64.
@@ -171,7 +158,8 @@ mod tests {
     use super::*;
 
     fn entries(sizes: &[usize]) -> Vec<Entry> {
-        let entry = |(i, &size): (usize, &usize)| Entry { name: format!("t{i}"), dtype: DType::F16, shape: vec![size] };
+        let dtype = safetensors::Dtype::F16;
+        let entry = |(i, &size): (usize, &usize)| Entry { name: format!("t{i}"), dtype, shape: vec![size] };
         sizes.iter().enumerate().map(entry).collect()
     }
 

@@ -8,6 +8,8 @@ mod builder;
 mod config;
 #[path = "gguf/hostile.rs"]
 mod hostile;
+#[path = "gguf/packed.rs"]
+mod packed;
 #[path = "gguf/tokenizer.rs"]
 mod tokenizer;
 #[path = "gguf/values.rs"]

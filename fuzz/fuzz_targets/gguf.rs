@@ -3,7 +3,7 @@
 
 use std::path::Path;
 
-use converter::gguf::GgufFile;
+use converter::gguf::{GgufFile, RowCodes};
 use libfuzzer_sys::fuzz_target;
 
 /// Rows of a tensor that are read at most, and the longest row: enough for every block type.
@@ -19,6 +19,7 @@ fuzz_target!(|data: &[u8]| {
         if columns <= COLUMNS {
             let mut out = vec![0.0; rows * columns];
             let _ = file.read_rows(tensor.hf_name(), 0..rows, &mut out);
+            let _ = file.read_codes(tensor.hf_name(), 0..rows, &mut RowCodes::default());
         }
     }
 });

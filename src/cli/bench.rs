@@ -7,8 +7,9 @@ use std::time::Instant;
 use serde_json::json;
 use xllama::Error;
 use xllama::generation::SamplingOptions;
-use xllama::runtime::{Engine, Session, TokenRead};
+use xllama::runtime::{Engine, Session, TokenRead, kernel_calls};
 
+use super::bench_profile::Profile;
 use super::generate::context_len;
 use super::model_args::ModelArgs;
 use super::{Context, table};
@@ -28,6 +29,9 @@ pub struct Args {
     /// Runs that count; one more goes first.
     #[arg(long, value_name = "N", default_value_t = 5, value_parser = positive)]
     repeat: usize,
+    /// Add where the time of a decoded token goes: each kernel, and what is between two tokens.
+    #[arg(long, conflicts_with = "interactive")]
+    profile: bool,
     /// Run once for each line on standard input and answer with a line of JSON: for measuring beside other programs.
     #[arg(long)]
     interactive: bool,
@@ -70,7 +74,8 @@ impl Args {
         let prefill = Spread::of(runs.iter().map(|r| r.prefill));
         let decode = Spread::of(runs.iter().map(|r| r.decode));
         let bandwidth = decode.median * engine.weight_bytes() as f64 / 1e9;
-        let json = json!({
+        let profile = if self.profile { Some(self.profile(engine)?) } else { None };
+        let mut json = json!({
             "prefill_tok_s": prefill.json(),
             "decode_tok_s": decode.json(),
             "load_s": loaded.load_time.as_secs_f64(),
@@ -79,9 +84,12 @@ impl Args {
             "compile_cached_s": cached.time.as_secs_f64(),
             "weights_bytes": engine.weight_bytes(),
             "decode_bandwidth_gb_s": bandwidth,
-            "dtype": engine.dtype().name(),
+            "dtype": engine.model().weights(),
             "first_tokens": &warm.tokens[..warm.tokens.len().min(16)],
         });
+        if let Some(profile) = &profile {
+            json["profile"] = profile.json();
+        }
         context.print(&json, || {
             let row = |what: String, s: &Spread| vec![what, format!("{:.1}", s.median), format!("{:.1}", s.min), format!("{:.1}", s.max)];
             let rows = [
@@ -91,13 +99,16 @@ impl Args {
             table::print(&["", "median", "min", "max"], &rows, &[1, 2, 3]);
             println!(
                 "{} weights {:.1} MB, decode reads them at {bandwidth:.1} GB/s; load {:.2} s, compile {:.2} s{}, from cache {:.2} s",
-                engine.dtype(),
+                engine.model().weights(),
                 engine.weight_bytes() as f64 / 1e6,
                 loaded.load_time.as_secs_f64(),
                 compile.time.as_secs_f64(),
                 if compile.compiled == 0 { " (from cache)" } else { "" },
                 cached.time.as_secs_f64(),
             );
+            if let Some(profile) = &profile {
+                profile.print();
+            }
         });
         Ok(ExitCode::SUCCESS)
     }
@@ -126,6 +137,28 @@ impl Args {
         }
         let decode = self.gen_tokens as f64 / started.elapsed().as_secs_f64();
         Ok(Run { prefill, decode, tokens })
+    }
+
+    /// Decodes once more with an eye on the kernels.
+    fn profile(&self, engine: &Engine) -> anyhow::Result<Profile> {
+        let vocab = engine.config().vocab_size as u64;
+        let prompt: Vec<u32> = (0..self.prompt_tokens as u64).map(|i| ((i * 7919 + 13) % vocab) as u32).collect();
+        let mut session = Session::new(engine, 1, self.prompt_tokens + self.gen_tokens)?;
+        session.prefill(&[prompt], &[SamplingOptions::default()], None)?;
+        session.read_tokens()?.wait()?;
+        let (decoded, calls) = kernel_calls(|| -> anyhow::Result<()> {
+            session.decode()?;
+            for i in 0..self.gen_tokens {
+                let read = session.read_tokens()?;
+                if i + 1 < self.gen_tokens {
+                    session.decode()?;
+                }
+                read.wait()?;
+            }
+            Ok(())
+        });
+        decoded?;
+        Ok(Profile::of(&calls, self.gen_tokens))
     }
 
     fn interact(&self, engine: &Engine) -> anyhow::Result<ExitCode> {

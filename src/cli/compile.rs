@@ -119,7 +119,8 @@ impl Args {
         let (cache, batch) = (self.cache.options(), self.batch.into());
         let (model, cfg, params) = (self.model.as_str(), &cfg, &params);
         let platform = Platform::named(&machine.platform);
-        let job = Job { model, cfg, params, dtype, step, batch, len, cache, mesh, partitioner, platform };
+        let kernels = machine.kernels();
+        let job = Job { model, cfg, params, dtype, step, batch, len, cache, mesh, partitioner, platform, kernels };
         if self.sweep {
             return self.try_all(context, &job, &machine);
         }
@@ -279,17 +280,17 @@ fn seconds(s: f64) -> String {
 
 /// The report for people.
 fn print(job: &Job<'_>, machine: &Machine, report: &Report, json: &serde_json::Value) {
-    let spec = job.spec();
+    let cache = job.cache_shape();
     let count = |n: usize, what: &str| format!("{n} {what}{}", if n == 1 { "" } else { "s" });
     println!(
         "{} {}, {} of {}, cache of {} positions, {} (cache {})",
         job.model,
         job.step.name(),
-        count(spec.tokens, "token"),
+        count(job.step.tokens(), "token"),
         count(job.batch, "slot"),
-        spec.cache.len,
+        cache.len,
         job.dtype.name(),
-        spec.cache.dtype.name(),
+        cache.dtype.name(),
     );
     println!(
         "{}: {} ({}), {}; mesh {}; {} {:.1} s\n",

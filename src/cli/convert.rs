@@ -5,21 +5,26 @@ use std::process::ExitCode;
 use std::sync::atomic::AtomicBool;
 
 use converter::config::RopeExtension;
-use converter::{AddedTokens, ConvertOptions, DType, Extension, Report};
+use converter::{AddedTokens, ConvertOptions, DType, Extension, Precision, Report};
 use serde_json::json;
 use xllama::{Error, bytes};
 
 use super::Context;
-use super::model_args::ModelArg;
+use super::model_args::{ModelArg, parse_precision};
 use super::progress::mebibytes;
 
 /// Turn a Hugging Face folder or a GGUF file into per-head parameters.
 #[derive(clap::Args)]
 #[command(
     after_help = "Examples:\n  xllama convert-params ~/models/Llama-3.2-1B ~/models/Llama-3.2-1B.params --dtype bf16\n  \
+                  xllama convert-params smollm2-135m ./small --dtype int4\n  \
                   xllama convert-params smollm2-135m ./long --rope-scaling yarn:4 --add-tokens tokens.txt"
 )]
 pub struct ConvertArgs {
+    /// Type of the written parameters: f32, bf16 or f16, or int8 or int4 with a scale for every 32 terms, norms, biases and
+    /// routers as they are [default: the source's, of a quantized GGUF too].
+    #[arg(long, value_parser = parse_precision)]
+    dtype: Option<Precision>,
     #[command(flatten)]
     paths: Paths,
 }
@@ -29,6 +34,10 @@ pub struct ConvertArgs {
 #[derive(clap::Args)]
 #[command(after_help = "Example:\n  xllama export-hf smollm2-135m ./SmolLM2-135M")]
 pub struct ExportArgs {
+    /// Type of the written parameters: f32, bf16 or f16 [default: the source's; that of its config.json for a packed model, bf16
+    /// for a quantized GGUF].
+    #[arg(long, value_parser = parse_dtype)]
+    dtype: Option<DType>,
     #[command(flatten)]
     paths: Paths,
 }
@@ -39,9 +48,6 @@ struct Paths {
     src: String,
     /// The folder to write; it must not exist or be empty.
     dst: PathBuf,
-    /// Type of the written parameters: f32, bf16 or f16 [default: the source's; bf16 for a quantized GGUF].
-    #[arg(long, value_parser = parse_dtype)]
-    dtype: Option<DType>,
     /// Start a new file when one would grow past this, for example 2GB or 500MiB.
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     shard_size: Option<u64>,
@@ -67,24 +73,23 @@ type Work = fn(
 
 impl ConvertArgs {
     pub fn run(self, context: &Context) -> anyhow::Result<ExitCode> {
-        self.paths.run(context, "converting", converter::convert)
+        self.paths.run(context, "converting", self.dtype, converter::convert)
     }
 }
 
 impl ExportArgs {
     pub fn run(self, context: &Context) -> anyhow::Result<ExitCode> {
-        self.paths.run(context, "exporting", converter::export_hf)
+        self.paths.run(context, "exporting", self.dtype.map(Precision::Float), converter::export_hf)
     }
 }
 
 impl Paths {
-    fn run(self, context: &Context, what: &str, work: Work) -> anyhow::Result<ExitCode> {
+    fn run(self, context: &Context, what: &str, dtype: Option<Precision>, work: Work) -> anyhow::Result<ExitCode> {
         let src = ModelArg { model: self.src.clone() }.path(context)?;
         let guard = context.interrupt.watch();
         let tokens = self.add_tokens.as_deref().map(AddedTokens::read).transpose().map_err(Error::from)?;
         let extension = Extension { vocab_size: self.vocab_size, tokens, rope: self.rope_scaling };
-        let Paths { dtype, shard_size, .. } = self;
-        let options = ConvertOptions { dtype, shard_size, extension, ..ConvertOptions::default() };
+        let options = ConvertOptions { dtype, shard_size: self.shard_size, extension, ..ConvertOptions::default() };
         let progress = |done, total| context.reporter.bytes(what, done, total);
         let report = work(&src, &self.dst, &options, &progress, guard.flag()).map_err(Error::from)?;
         context.reporter.clear();

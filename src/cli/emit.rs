@@ -10,6 +10,7 @@ use xla::DType;
 use xla::graph::Platform;
 use xla::pjrt::{Client, CompileOptions, OptionOverride};
 use xllama::Error;
+use xllama::precision::Precision;
 use xllama::runtime::{Blueprint, StepSpec, build, cache_len};
 
 use super::Context;
@@ -68,7 +69,7 @@ impl Args {
         };
         let asked = self.max_seq.unwrap_or(2048.min(cfg.context_len()));
         let len = cache_len(context_len(&checkpoint, tokens, asked, Some(asked))?);
-        let dtype = self.model.dtype.unwrap_or(DType::F32);
+        let precision = Precision::of(self.model.dtype, DType::F32);
         let mesh = &self.model.mesh;
         let plugin = match self.format {
             Format::Stablehlo => None,
@@ -81,11 +82,12 @@ impl Args {
             (None, Some(name)) if !name.contains(['/', '.']) => Platform::named(name),
             _ => Platform::Cpu,
         };
-        let model = Blueprint::new(cfg, checkpoint.params(), dtype, mesh.mesh, platform)?;
+        let model = Blueprint::new(cfg, checkpoint.params(), precision, mesh.mesh, platform)?;
         let model = model.with_partitioner(mesh.emission());
-        let cache = self.model.cache.options().shape(mesh.mesh.batch(self.batch.into()), len, dtype, platform);
+        let cache =
+            self.model.cache.options().shape(mesh.mesh.batch(self.batch.into()), len, precision.dtype, platform);
         mesh.mesh.check_cache(&cache)?;
-        let spec = StepSpec::alone(tokens, cache, cfg);
+        let spec = StepSpec::alone(tokens, cache, &model);
         let text = model.stablehlo(&build(&spec, &model)?);
         let text = match &plugin {
             None => text,

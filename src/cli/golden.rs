@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use clap::Subcommand;
 use serde_json::json;
 use xllama::golden::{Case, Manifest, Row, check};
+use xllama::params::host_dtype;
 
 use super::model_args::{CacheArgs, DeviceArg, MeshArgs, ModelArg, ModelArgs};
 use super::{Context, table};
@@ -60,7 +61,7 @@ impl Args {
                 let args = ModelArgs {
                     model: model.clone(),
                     device: device.clone(),
-                    dtype: Some(dtype),
+                    dtype: Some(converter::Precision::Float(host_dtype(dtype)?)),
                     mesh: MeshArgs { mesh: shape, ..mesh.clone() },
                     cache: cache.clone(),
                 };

@@ -23,14 +23,15 @@ impl Args {
         let checkpoint = self.model.open(context)?;
         let cfg = checkpoint.config();
         let params = checkpoint.params().iter();
-        let bytes = |p: &converter::Param| (p.elements() * p.dtype.size()) as u64;
-        let (elements, total) = params.iter().fold((0, 0), |(n, b), p| (n + p.elements(), b + bytes(p)));
+        let dtype = |p: &converter::Param| p.packing.map_or(p.dtype.name(), |packing| packing.name());
+        let (elements, total) = params.iter().fold((0, 0), |(n, b), p| (n + p.elements(), b + p.stored_bytes()));
         let rows: Vec<serde_json::Value> = params
             .iter()
             .map(|p| {
                 json!({
                     "name": p.name, "hf_name": p.pieces[0].name, "hf_tensors": p.pieces.len(), "axes": p.axes, "shape": p.shape,
-                    "dtype": p.dtype.name(), "sharding": p.logical, "bytes": bytes(p),
+                    "dtype": dtype(p), "packing": p.packing.map(converter::Packing::to_json), "sharding": p.logical,
+                    "bytes": p.stored_bytes(),
                 })
             })
             .collect();
@@ -63,9 +64,9 @@ impl Args {
                         p.name.clone(),
                         p.axes.clone(),
                         shape.join(" × "),
-                        p.dtype.name().into(),
+                        p.packing.map_or(p.dtype.name().into(), |packing| packing.to_string()),
                         p.logical.join(", "),
-                        mebibytes(bytes(p)),
+                        mebibytes(p.stored_bytes()),
                     ]
                 })
                 .collect();

@@ -1,6 +1,7 @@
 //! The command line: one file per command, each with its options, its help and what it prints.
 
 mod bench;
+mod bench_profile;
 mod cache;
 mod chat;
 mod compile;

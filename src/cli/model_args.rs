@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use converter::Checkpoint;
+use converter::{Checkpoint, Precision};
 use xla::DType;
 use xla::graph::Emission;
 use xla::pjrt::{Client, Plugin};
@@ -11,6 +11,7 @@ use xla::wheel::{self, FetchOptions, Stage};
 use xllama::Error;
 use xllama::config::ModelConfig;
 use xllama::models::{self, DEFAULT_MODEL};
+use xllama::precision;
 use xllama::runtime::{CacheOptions, Engine, LoadOptions, device};
 use xllama::sharding::MeshShape;
 use xllama::text::Tokenizer;
@@ -43,16 +44,17 @@ pub struct ModelArgs {
     pub model: ModelArg,
     #[command(flatten)]
     pub device: DeviceArg,
-    /// Type of parameters, cache and products: f32, bf16 or f16 [default: f32 on a CPU, else the checkpoint's].
-    #[arg(long, value_name = "DTYPE", value_parser = parse_dtype)]
-    pub dtype: Option<DType>,
+    /// Type of parameters, cache and products: f32, bf16 or f16, or int8 or int4 for packed matrices (the cache is f16 then)
+    /// [default: packed where the checkpoint is; else f32 on a CPU, the checkpoint's on accelerators].
+    #[arg(long, value_name = "DTYPE", value_parser = parse_precision)]
+    pub dtype: Option<Precision>,
     #[command(flatten)]
     pub mesh: MeshArgs,
     #[command(flatten)]
     pub cache: CacheArgs,
 }
 
-/// `--mesh` and `--partitioner`.
+/// `--mesh`, `--partitioner` and `--no-kernels`.
 #[derive(clap::Args, Clone)]
 pub struct MeshArgs {
     /// Split the model over devices: sizes of the axes data, fsdp, expert, sequence and model, as in model=4,data=2.
@@ -67,6 +69,9 @@ pub struct MeshArgs {
     /// Which of XLA's partitioners splits the programs; gspmd is for plugins without shardy.
     #[arg(long, help_heading = "Devices", value_enum, default_value_t = Partitioner::Shardy)]
     pub partitioner: Partitioner,
+    /// Leave everything to XLA; on one CPU device products and attention otherwise go to kernels of our own.
+    #[arg(long, help_heading = "Devices")]
+    pub no_kernels: bool,
 }
 
 /// A partitioner of XLA.
@@ -125,6 +130,12 @@ pub fn parse_dtype(name: &str) -> Result<DType, String> {
         "f16" | "float16" => Ok(DType::F16),
         _ => Err("must be f32, bf16 or f16".into()),
     }
+}
+
+/// Reads what [`parse_dtype`] does, `int8` and `int4`.
+pub fn parse_precision(name: &str) -> Result<Precision, String> {
+    let precision = Precision::parse(name).filter(|p| *p != Precision::Float(converter::DType::F64));
+    precision.ok_or_else(|| "must be f32, bf16, f16, int8 or int4".into())
 }
 
 fn parse_cache_dtype(name: &str) -> Result<DType, String> {
@@ -222,10 +233,17 @@ impl ModelArgs {
     pub fn engine(&self, context: &Context, plugin: &Path, checkpoint: &Checkpoint) -> Result<Engine, Error> {
         self.mesh.mesh.check(checkpoint.config())?;
         let (plugin, client) = self.device.client(plugin, self.mesh.mesh.devices())?;
-        let dtype = self.dtype.unwrap_or_else(|| default_dtype(client.platform_name(), checkpoint.config()));
+        let default = default_dtype(client.platform_name(), checkpoint.config());
+        let precision = precision::Precision::of(self.dtype, default);
         let cache = wheel::cache_dir().ok().map(|c| c.join("executables"));
-        let options =
-            LoadOptions { dtype, mesh: self.mesh.mesh, partitioner: self.mesh.emission(), cache, forms: None };
+        let options = LoadOptions {
+            precision,
+            mesh: self.mesh.mesh,
+            partitioner: self.mesh.emission(),
+            cache,
+            forms: None,
+            kernels: !self.mesh.no_kernels,
+        };
         let progress = |done, total| context.reporter.bytes("loading parameters", done, total);
         let engine = Engine::load(plugin, client, checkpoint, options, &progress)?.with_cache(self.cache.options());
         context.reporter.clear();

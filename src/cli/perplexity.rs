@@ -3,13 +3,13 @@
 use std::path::PathBuf;
 use std::process::ExitCode;
 
+use converter::Precision;
 use serde_json::json;
-use xla::DType;
 use xllama::Error;
 use xllama::perplexity::{Windows, score};
 
 use super::Context;
-use super::model_args::{CacheArgs, ModelArgs, parse_dtype};
+use super::model_args::{CacheArgs, ModelArgs, parse_precision};
 
 /// Measure the perplexity of a text.
 #[derive(clap::Args)]
@@ -29,8 +29,8 @@ pub struct Args {
     #[arg(long, value_name = "N")]
     max_tokens: Option<usize>,
     /// Add mean and largest KL divergence against a run in this type.
-    #[arg(long, value_name = "DTYPE", value_parser = parse_dtype)]
-    kl_base: Option<DType>,
+    #[arg(long, value_name = "DTYPE", value_parser = parse_precision)]
+    kl_base: Option<Precision>,
 }
 
 impl Args {
@@ -54,10 +54,10 @@ impl Args {
         let base_checkpoint = self.kl_base.map(|_| self.model.model.open(context)).transpose()?;
         let loaded = self.model.load_checkpoint(context, plugin.clone(), checkpoint)?;
         let base = match (base_checkpoint, self.kl_base) {
-            (Some(checkpoint), Some(dtype)) => {
+            (Some(checkpoint), Some(precision)) => {
                 // The base keeps its cache in its own type.
                 let cache = CacheArgs { cache_dtype: None, cache_page: None };
-                let args = ModelArgs { dtype: Some(dtype), cache, ..self.model.clone() };
+                let args = ModelArgs { dtype: Some(precision), cache, ..self.model.clone() };
                 Some(args.load_checkpoint(context, plugin, checkpoint)?)
             }
             _ => None,
@@ -81,11 +81,17 @@ impl Args {
             "nll": score.nll / score.tokens as f64,
             "kl_mean": kl(score.kl_mean()),
             "kl_max": kl(score.kl_max),
-            "dtype": loaded.engine.dtype().name(),
+            "dtype": loaded.engine.model().weights(),
         });
         context.print(&json, || {
-            println!("perplexity {:.4} over {} tokens ({})", score.perplexity(), score.tokens, loaded.engine.dtype());
-            if let Some(dtype) = self.kl_base {
+            println!(
+                "perplexity {:.4} over {} tokens ({})",
+                score.perplexity(),
+                score.tokens,
+                loaded.engine.model().weights()
+            );
+            if let Some(base) = &base {
+                let dtype = base.engine.model().weights();
                 println!("KL against {dtype}: mean {:.3e}, max {:.3e} nats", score.kl_mean(), score.kl_max);
             }
         });

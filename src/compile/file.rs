@@ -251,7 +251,7 @@ impl ExecutableFile {
         let model = engine.model();
         let (tokens, len, batch) = (self.number("tokens")?, self.number("max_seq")?, self.number("batch")?);
         let cache = engine.cache_options().shape(batch, len, model.dtype, model.platform);
-        let spec = StepSpec::alone(tokens, cache, &model.cfg);
+        let spec = StepSpec::alone(tokens, cache, model);
         let module = build(&spec, model)?;
         let client = engine.placement().client();
         let devices = model.mesh.devices();

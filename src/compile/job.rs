@@ -9,6 +9,7 @@ use xla::pjrt::CompileOptions;
 use super::target::Target;
 use crate::Error;
 use crate::config::ModelConfig;
+use crate::kv_cache::CacheShape;
 use crate::params::{Llama, Param};
 use crate::runtime::{Blueprint, CacheOptions, StepSpec, build};
 use crate::sharding::MeshShape;
@@ -68,6 +69,8 @@ pub struct Job<'a> {
     pub partitioner: Emission,
     /// What it is to run on.
     pub platform: Platform,
+    /// Kernels that the plugin knows.
+    pub kernels: &'static [&'static str],
 }
 
 /// A program as text, with what is known of it before it is compiled.
@@ -99,10 +102,18 @@ pub struct Sizes {
 }
 
 impl Job<'_> {
-    /// The shape of the step's program.
-    pub fn spec(&self) -> StepSpec {
-        let cache = self.cache.shape(self.mesh.batch(self.batch), self.len, self.dtype, self.platform);
-        StepSpec::alone(self.step.tokens(), cache, self.cfg)
+    /// The cache that it runs on.
+    pub fn cache_shape(&self) -> CacheShape {
+        self.cache.shape(self.mesh.batch(self.batch), self.len, self.dtype, self.platform)
+    }
+
+    /// The model as the program is built of it.
+    ///
+    /// # Errors
+    /// Those of [`Blueprint::new`].
+    fn blueprint(&self) -> Result<Blueprint, Error> {
+        let model = Blueprint::new(self.cfg, self.params, self.dtype, self.mesh, self.platform)?;
+        Ok(model.with_partitioner(self.partitioner).with_kernels(self.kernels))
     }
 
     /// The program.
@@ -110,9 +121,8 @@ impl Job<'_> {
     /// # Errors
     /// Those of [`Blueprint::new`], [`MeshShape::check_cache`] and [`build`].
     pub fn prepare(&self) -> Result<Prepared, Error> {
-        let model = Blueprint::new(self.cfg, self.params, self.dtype, self.mesh, self.platform)?;
-        let model = model.with_partitioner(self.partitioner);
-        let spec = self.spec();
+        let model = self.blueprint()?;
+        let spec = StepSpec::alone(self.step.tokens(), self.cache_shape(), &model);
         self.mesh.check_cache(&spec.cache)?;
         let module = build(&spec, &model)?;
         let sizes = self.sizes(&spec, &module);
@@ -257,7 +267,20 @@ mod tests {
         let (mesh, partitioner) = (MeshShape::default(), Emission::Shardy);
         let (cache, platform) = (CacheOptions::default(), Platform::Tpu);
         let (batch, len) = (8, 2048);
-        Job { model: "m", cfg, params, dtype: DType::BF16, step, batch, len, cache, mesh, partitioner, platform }
+        Job {
+            model: "m",
+            cfg,
+            params,
+            dtype: DType::BF16,
+            step,
+            batch,
+            len,
+            cache,
+            mesh,
+            partitioner,
+            platform,
+            kernels: &[],
+        }
     }
 
     fn model(name: &str) -> (ModelConfig, Llama<Param>) {
@@ -290,7 +313,7 @@ mod tests {
         let experts = 3u64 * 8 * 32 * 4096 * 14_336;
         let sizes = |batch| {
             let job = Job { batch, ..job(&cfg, &params, Step::Decode) };
-            job.sizes(&job.spec(), &job_module(&job))
+            self::sizes(&job)
         };
         // One token takes 2 of 8.
         assert_eq!(sizes(1).idle_experts, 2 * experts * 3 / 4);
@@ -300,24 +323,27 @@ mod tests {
         assert!((sizes(1).flops / flops - 1.0).abs() < 0.02, "{} {flops}", sizes(1).flops);
     }
 
-    fn job_module(job: &Job<'_>) -> Module {
-        let model = Blueprint::new(job.cfg, job.params, job.dtype, job.mesh, Platform::Tpu).expect("it divides");
-        build(&job.spec(), &model).expect("it builds")
+    fn sizes(job: &Job<'_>) -> Sizes {
+        job.prepare().expect("it builds").sizes
+    }
+
+    fn flops(job: &Job<'_>) -> f64 {
+        job.flops(&StepSpec::alone(job.step.tokens(), job.cache_shape(), &job.blueprint().expect("it divides")))
     }
 
     #[test]
     fn a_prefill_sees_half_of_all_pairs_and_a_window_fewer() {
         let (cfg, params) = model("llama-2-7b");
         let tokens = Step::Prefill { tokens: 512 };
-        let long = job(&cfg, &params, tokens).flops(&job(&cfg, &params, tokens).spec());
+        let long = flops(&job(&cfg, &params, tokens));
         let layers = 6_476_005_376.0; // all but norms, embedding and head
         let scores = 4.0 * 32.0 * 4096.0 * (512.0 * 513.0 / 2.0);
         assert_eq!(long, 8.0 * (2.0 * (512.0 * layers + 32_000.0 * 4096.0) + scores));
 
         let (mut cfg, params) = model("mistral-7b");
-        let whole = job(&cfg, &params, tokens).flops(&job(&cfg, &params, tokens).spec());
+        let whole = flops(&job(&cfg, &params, tokens));
         cfg.layers.iter_mut().for_each(|layer| layer.window = Some(1));
-        let one = job(&cfg, &params, tokens).flops(&job(&cfg, &params, tokens).spec());
+        let one = flops(&job(&cfg, &params, tokens));
         assert_eq!(whole - one, 8.0 * 4.0 * 32.0 * 4096.0 * (512.0 * 513.0 / 2.0 - 512.0));
     }
 

@@ -175,7 +175,7 @@ impl Report {
 
     /// The object that `xllama compile --json` prints.
     pub fn json(&self, job: &Job<'_>, machine: &Machine) -> Value {
-        let spec = job.spec();
+        let cache = job.cache_shape();
         let m = &self.memory;
         let figures = self.figures.as_ref();
         let sums = self.collectives();
@@ -210,12 +210,12 @@ impl Report {
             "hosts": machine.hosts,
             "model": job.model,
             "program": job.step.name(),
-            "tokens": spec.tokens,
+            "tokens": job.step.tokens(),
             "batch": job.batch,
-            "max_seq": spec.cache.len,
+            "max_seq": cache.len,
             "mesh": job.mesh.to_string(),
             "dtype": job.dtype.name(),
-            "cache_dtype": spec.cache.dtype.name(),
+            "cache_dtype": cache.dtype.name(),
             "compile_s": self.compile_s,
             "per_device": {
                 "arguments": m.arguments,

@@ -150,6 +150,7 @@ mod tests {
             mesh: MeshShape::default(),
             partitioner: Emission::Shardy,
             platform: Platform::Tpu,
+            kernels: &[],
         };
         let names = |batches: &[usize]| -> Vec<String> {
             combinations(4, &job, batches).iter().map(|(mesh, batch)| format!("{mesh} × {batch}")).collect()

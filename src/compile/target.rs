@@ -17,6 +17,7 @@ use xla::wheel::PluginKind;
 
 use super::chips::{self, CHIPS, Chip};
 use crate::Error;
+use crate::runtime::register_kernels;
 
 /// More devices than any slice has.
 const MAX_DEVICES: usize = 16_384;
@@ -324,6 +325,14 @@ impl Machine {
     /// The plugin that compiles.
     pub fn plugin(&self) -> &Plugin {
         &self.plugin
+    }
+
+    /// The kernels that programs for it may call.
+    pub fn kernels(&self) -> &'static [&'static str] {
+        match self.place {
+            Place::Topology(_) => &[],
+            Place::Client(_) => register_kernels(&self.plugin),
+        }
     }
 
     /// The devices one by one.

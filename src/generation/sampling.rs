@@ -5,7 +5,7 @@
 //! in, as they do in `transformers`' top-k.
 
 use xla::DType;
-use xla::graph::{Algorithm, ArgAttrs, Graph, Tensor};
+use xla::graph::{Algorithm, ArgAttrs, Graph, Kernel, Tensor};
 
 use super::options::Settings;
 
@@ -133,11 +133,17 @@ fn by_device(x: &Tensor) -> Tensor {
     x.reshape(&[b, p, v / p]).shard(["batch", "vocab", ""])
 }
 
+/// The kernel of `argmax`: (B, V) f32 → (B) i32.
+pub const ARGMAX: &str = "xllama.argmax";
+
 /// The id of the largest value of each row, the lowest among equals: (B, V) → (B) i32. Devices exchange their best only.
 #[track_caller]
 fn argmax(x: &Tensor) -> Tensor {
     match by_device(x) {
-        parts if parts.dim(1) == 1 => x.argmax(1),
+        parts if parts.dim(1) == 1 => {
+            let best = x.graph().kernel(Kernel::new(ARGMAX), &[x], |args| vec![args[0].argmax(1)]);
+            best[0].clone()
+        }
         _ => best_of_devices(x),
     }
 }

@@ -57,6 +57,28 @@ pub enum Order {
     },
 }
 
+impl Order {
+    /// W, where a query sees only so many positions.
+    pub fn window(self) -> Option<usize> {
+        match self {
+            Order::Absolute | Order::Prefix => None,
+            Order::Trailing { window, .. } | Order::Windowed { window } => Some(window),
+        }
+    }
+}
+
+impl Past {
+    /// All positions of arrays of keys and values of slots, position t at t, without scales.
+    #[track_caller]
+    pub fn of_slots(arrays: [Tensor; 2]) -> Past {
+        let g = arrays[0].graph();
+        let axis = position_axis(g.platform());
+        let positions = g.iota(DType::I32, &[arrays[0].dim(0), arrays[0].dim(axis)], 1);
+        let [k, v] = arrays.map(|array| heads_first(&array, axis));
+        Past { k, v, scales: None, positions, order: Order::Absolute }
+    }
+}
+
 impl LayerCache<Tensor> {
     /// Writes new keys and values (B, S, G, K) and returns what attention reads, with the updated cache.
     ///

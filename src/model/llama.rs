@@ -1,26 +1,47 @@
 //! The decoder: embedding, L blocks, final norm, head (Touvron et al. 2023).
 
 use xla::DType;
-use xla::graph::{Platform, Tensor, einsum_as};
+use xla::graph::{Kernel, Platform, Tensor, einsum_as};
 
 use super::attention::{LayerInput, attention};
-use super::linear::{all_rows, in_rows};
+use super::linear::{all_rows, by_kernel, in_rows, product, takes_kernel, weights_of, with_weights};
 use super::mlp::mlp;
 use super::moe::moe;
 use super::rms_norm::{rms_norm, rms_norm_twice};
 use super::rope::{Rope, ropes};
 use crate::config::{LayerConfig, ModelConfig};
 use crate::kv_cache::{CacheShape, KvCache, LayerCache, Layout, Place};
-use crate::params::{DecoderBlock, FeedForward, Llama};
+use crate::params::{DecoderBlock, FeedForward, Llama, Weight};
 
 /// The logical axes of the residual stream.
 const RESIDUAL: [&str; 3] = ["batch", "tokens", "hidden"];
 
+/// The kernel of the embedding's lookup: ids (n) i32 and a weight (V, M); (n, M) f32. The attributes are those of [`LINEAR`](super::LINEAR).
+pub const TAKE_ROWS: &str = "xllama.take_rows";
+
+/// The rows `tokens` (B, S) of the embedding, (B, S, M) f32.
+#[track_caller]
+fn embed(embedding: &Weight, tokens: &Tensor) -> Tensor {
+    if let Weight::Float(table) = embedding
+        && !tokens.graph().has_kernel(TAKE_ROWS)
+    {
+        return table.take(tokens, 0).cast(DType::F32);
+    }
+    let [b, s] = [0, 1].map(|axis| tokens.dim(axis));
+    let (ids, weights) = (tokens.reshape(&[b * s]), [embedding.clone()]);
+    let (kernel, inputs) = with_weights(Kernel::new(TAKE_ROWS), &ids, &weights);
+    let rows = tokens.graph().kernel(kernel, &inputs, |args| {
+        let (ids, weights) = weights_of(args, &weights);
+        vec![weights[0].float().take(ids, 0).cast(DType::F32)]
+    });
+    rows[0].reshape(&[b, s, embedding.shape()[1]])
+}
+
 /// Runs S new tokens of each slot through the decoder. `tokens`: (B, S) i32; `frequencies`: those of
-/// [`frequencies`](super::frequencies). Returns the normalised hidden states (B, S, M) in f32 and the updated cache.
+/// [`frequencies`](super::frequencies). Returns the hidden states (B, S, M) in f32, before the [`final_norm`], and the updated cache.
 #[track_caller]
 pub fn forward(
-    p: &Llama<Tensor>,
+    p: &Llama<Weight>,
     tokens: &Tensor,
     place: &Place,
     frequencies: &[Tensor],
@@ -31,7 +52,7 @@ pub fn forward(
     let g = tokens.graph();
     let ropes = ropes(&place.positions, frequencies, cfg);
 
-    let mut x = p.embedding.take(tokens, 0).cast(DType::F32);
+    let mut x = embed(&p.embedding, tokens);
     if cfg.embedding_scale != 1.0 {
         // rounded to the parameters' type, as the checkpoint was trained
         let scale = g.scalar(cfg.embedding_scale, p.embedding.dtype()).cast(DType::F32);
@@ -47,14 +68,20 @@ pub fn forward(
         x = out.named("out");
         layers.push(cache);
     }
-    (rms_norm(&x, &p.final_norm, cfg).named("final_norm"), KvCache { layers })
+    (x, KvCache { layers })
+}
+
+/// The hidden states (B, S, M) as the head reads them, f32.
+#[track_caller]
+pub fn final_norm(p: &Llama<Weight>, x: &Tensor, cfg: &ModelConfig) -> Tensor {
+    rms_norm(x, &p.final_norm.float(), cfg).named("final_norm")
 }
 
 /// The block as a function of the module, traced once for each kind of layer and called L times: small text, and the
 /// fastest form measured.
 #[track_caller]
 fn call_block(
-    p: &DecoderBlock<Tensor>,
+    p: &DecoderBlock<Weight>,
     x: &Tensor,
     at: &LayerInput<'_>,
     layer: &LayerConfig,
@@ -65,7 +92,7 @@ fn call_block(
     inputs.extend(place.valid.iter().chain(&place.table));
     inputs.extend(rope.iter().flat_map(|rope| [&rope.cos, &rope.sin]));
     inputs.extend(&cache.arrays);
-    inputs.extend(p.iter());
+    inputs.extend(p.iter().into_iter().flat_map(Weight::tensors));
     let outputs = x.graph().call(&block_name(layer, layout), &inputs, |args| {
         let mut args = args.iter().cloned();
         let mut next = || args.next().expect("a function gets as many arguments as it was called with");
@@ -79,7 +106,7 @@ fn call_block(
         };
         let rope = rope.map(|_| Rope { cos: next(), sin: next() });
         let cache = LayerCache { arrays: cache.arrays.iter().map(|_| next()).collect() };
-        let p = p.as_ref().map(&mut |_| next());
+        let p = p.as_ref().map(&mut |weight| weight.with(&mut next));
         let at = LayerInput { rope: rope.as_ref(), place: &place, cache: &cache, layout };
         let (x, cache) = decoder_block(&p, &x, &at, cfg);
         std::iter::once(x).chain(cache.arrays).collect()
@@ -103,19 +130,19 @@ fn block_name(layer: &LayerConfig, layout: Layout) -> String {
 /// them, after them, or both, as the tree has it.
 #[track_caller]
 pub fn decoder_block(
-    p: &DecoderBlock<Tensor>,
+    p: &DecoderBlock<Weight>,
     x: &Tensor,
     at: &LayerInput<'_>,
     cfg: &ModelConfig,
 ) -> (Tensor, LayerCache<Tensor>) {
     let g = x.graph();
-    let norm = |x: Tensor, weight: &Option<Tensor>, name: &str| match weight {
-        Some(weight) => rms_norm(&x, weight, cfg).named(name),
+    let norm = |x: Tensor, weight: &Option<Weight>, name: &str| match weight {
+        Some(weight) => rms_norm(&x, &weight.float(), cfg).named(name),
         None => x,
     };
     let h = match &p.input_norm {
         Some(weight) => {
-            let [for_q, h] = rms_norm_twice(x, weight, cfg);
+            let [for_q, h] = rms_norm_twice(x, &weight.float(), cfg);
             [for_q, h.named("input_norm")]
         }
         None => [x.clone(), x.clone()],
@@ -138,20 +165,29 @@ pub fn decoder_block(
     ((&x + norm(h, &p.mlp_out_norm, "mlp_out_norm")).shard(RESIDUAL), cache)
 }
 
+/// Hidden states (B, S, M) times a head (M, V), or (V, M) where it is the embedding: (B, S, V) f32.
+#[track_caller]
+fn float_head(hidden: &Tensor, head: &Tensor, tied: bool) -> Tensor {
+    let rows = hidden.dim(0) * hidden.dim(1);
+    let hidden = all_rows(&hidden.cast(head.dtype()));
+    match tied {
+        false => in_rows(&hidden, |hidden| product("BSM,MV->BSV", hidden, head)),
+        // XLA:CPU transposes the right side of a one-row product in memory, the whole embedding at every step.
+        true if rows == 1 && hidden.graph().platform() == Platform::Cpu => {
+            einsum_as("VM,BSM->BSV", head, &hidden, DType::F32)
+        }
+        true => in_rows(&hidden, |hidden| product("BSM,VM->BSV", hidden, head)),
+    }
+}
+
 /// Logits (B, S, V) in f32 of normalised hidden states (B, S, M); a tied head reads the embedding (V, M). Where a mesh pads
 /// the vocabulary, the logits past it are −∞.
 #[track_caller]
-pub fn lm_head(p: &Llama<Tensor>, hidden: &Tensor, cfg: &ModelConfig) -> Tensor {
-    let rows = hidden.dim(0) * hidden.dim(1);
-    let weight = p.lm_head.as_ref().unwrap_or(&p.embedding);
-    let hidden = all_rows(&hidden.cast(weight.dtype()));
-    let logits = match &p.lm_head {
-        Some(head) => in_rows(&hidden, |hidden| einsum_as("BSM,MV->BSV", hidden, head, DType::F32)),
-        // XLA:CPU transposes the right side of a one-row product in memory, the whole embedding at every step.
-        None if rows == 1 && hidden.graph().platform() == Platform::Cpu => {
-            einsum_as("VM,BSM->BSV", &p.embedding, &hidden, DType::F32)
-        }
-        None => in_rows(&hidden, |hidden| einsum_as("BSM,VM->BSV", hidden, &p.embedding, DType::F32)),
+pub fn lm_head(p: &Llama<Weight>, hidden: &Tensor, cfg: &ModelConfig) -> Tensor {
+    let (weight, tied) = (p.lm_head.as_ref().unwrap_or(&p.embedding), p.lm_head.is_none());
+    let logits = match weight {
+        weight if takes_kernel(hidden, weight) => by_kernel(hidden, &[(1, weight)], tied).remove(0),
+        weight => float_head(hidden, &weight.float(), tied),
     };
     let logits = match cfg.logit_softcap {
         Some(cap) => (logits / cap).tanh() * cap,

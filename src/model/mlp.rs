@@ -1,22 +1,59 @@
 //! The feed-forward block: SwiGLU (Shazeer 2020) with the activation that the checkpoint names.
 
-use xla::graph::{Platform, Tensor};
+use xla::graph::{Attr, Kernel, Platform, Tensor};
 
-use super::linear::linear;
+use super::linear::{linear, linears, matrix_product, takes_kernel, weights_of, with_weights};
 use crate::config::{Activation, ModelConfig};
-use crate::params::Mlp;
+use crate::params::{Mlp, Weight};
+
+/// The kernel of act(x·gate) · (x·up): x (rows, M) f32, gate and up (M, F) → (rows, F) f32. The attribute `activation` is the name of
+/// act; the others are those of [`LINEAR`](super::LINEAR).
+pub const GATED: &str = "xllama.gated";
 
 /// down(act(gate(x)) · up(x)). `x`: (B, S, M) → (B, S, M) in f32.
 #[track_caller]
-pub fn mlp(p: &Mlp<Tensor>, x: &Tensor, cfg: &ModelConfig) -> Tensor {
-    let gate = linear("BSM,MF->BSF", x, &p.gate_proj, p.gate_bias.as_ref());
-    let up = linear("BSM,MF->BSF", x, &p.up_proj, p.up_bias.as_ref());
-    let mut h = activation(&gate, cfg.hidden_act) * up;
+pub fn mlp(p: &Mlp<Weight>, x: &Tensor, cfg: &ModelConfig) -> Tensor {
+    let mut h = match (&p.gate_bias, &p.up_bias) {
+        (None, None) if takes_kernel(x, &p.gate_proj) && takes_kernel(x, &p.up_proj) => gated(p, x, cfg.hidden_act),
+        biases => {
+            let [gate, up] = linears([
+                ("BSM,MF->BSF", x, &p.gate_proj, biases.0.as_ref()),
+                ("BSM,MF->BSF", x, &p.up_proj, biases.1.as_ref()),
+            ]);
+            activation(&gate, cfg.hidden_act) * up
+        }
+    };
     if h.graph().platform() == Platform::Tpu {
         // Else its compiler may make one program of up and down, which reads their weights more slowly than two.
         h = h.graph().optimization_barrier(&[&h.cast(p.down_proj.dtype())]).remove(0);
     }
     linear("BSF,FM->BSM", &h, &p.down_proj, p.down_bias.as_ref())
+}
+
+/// act(x·gate) · (x·up) by a kernel: (B, S, M) → (B, S, F) f32.
+#[track_caller]
+fn gated(p: &Mlp<Weight>, x: &Tensor, act: Activation) -> Tensor {
+    let [b, s, m] = [0, 1, 2].map(|axis| x.dim(axis));
+    let x = x.reshape(&[b * s, m]);
+    let weights = [p.gate_proj.clone(), p.up_proj.clone()];
+    let (kernel, inputs) = with_weights(Kernel::new(GATED), &x, &weights);
+    let kernel = kernel.attr("activation", Attr::Str(name(act).into()));
+    let y = x.graph().kernel(kernel, &inputs, |args| {
+        let (x, weights) = weights_of(args, &weights);
+        let [gate, up] = [0, 1].map(|i| matrix_product(x, &weights[i], false));
+        vec![activation(&gate, act) * up]
+    });
+    y[0].reshape(&[b, s, p.gate_proj.shape()[1]])
+}
+
+/// What kernels call an activation.
+fn name(act: Activation) -> &'static str {
+    match act {
+        Activation::Silu => "silu",
+        Activation::Gelu => "gelu",
+        Activation::GeluTanh => "gelu_tanh",
+        Activation::Relu => "relu",
+    }
 }
 
 #[track_caller]

@@ -4,21 +4,24 @@
 //! R = H/G query heads per key/value head, K head_dim, F d_ff, E experts, L layers.
 
 mod attention;
+mod cache_pieces;
 mod linear;
 mod llama;
 mod mlp;
 mod moe;
+mod pieces;
 mod rms_norm;
 mod rope;
 mod router_loss;
 mod rows;
 mod scores;
 
-pub use attention::{LayerInput, attention};
-pub use llama::{decoder_block, forward, lm_head};
-pub use mlp::mlp;
+pub use attention::{ATTENTION_STEP, LayerInput, attention};
+pub use linear::LINEAR;
+pub use llama::{TAKE_ROWS, decoder_block, final_norm, forward, lm_head};
+pub use mlp::{GATED, mlp};
 pub use moe::moe;
-pub use rms_norm::rms_norm;
+pub use rms_norm::{RMS_NORM, rms_norm};
 pub use rope::{Rope, frequencies, ropes};
 pub use router_loss::{load_balancing_loss, router_z_loss};
-pub use scores::Queries;
+pub use scores::{ATTEND, Queries};

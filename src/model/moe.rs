@@ -10,9 +10,10 @@ use xla::graph::{Fold, Platform, Tensor, einsum_as};
 
 use super::linear::{linear, parts_of};
 use super::mlp::{activation, mlp};
+use super::pieces;
 use super::rows::{TPU_ROWS, pad};
 use crate::config::{Activation, ExpertGroups, ModelConfig, MoeConfig, Router};
-use crate::params::Moe;
+use crate::params::{Moe, Weight};
 
 pub(super) use top_k::top_k;
 
@@ -20,12 +21,12 @@ pub(super) use top_k::top_k;
 /// token gets all of its experts; the work grows with k, not with E. The router's logits (B, S, E) are the tap
 /// `router_logits`.
 #[track_caller]
-pub fn moe(p: &Moe<Tensor>, x: &Tensor, cfg: &ModelConfig) -> Tensor {
+pub fn moe(p: &Moe<Weight>, x: &Tensor, cfg: &ModelConfig) -> Tensor {
     let moe = cfg.moe.as_ref().expect("a configuration with experts says how they are chosen");
     // Where the scores are sigmoids, transformers multiplies in f32 whatever the type of the weights.
     let router = match moe.router {
         Router::Softmax => p.router.clone(),
-        Router::Sigmoid => p.router.cast(F32),
+        Router::Sigmoid => Weight::Float(p.router.float().cast(F32)),
     };
     let logits = linear("BSM,ME->BSE", x, &router, None).named("router_logits");
     let y = routed(p, x, &logits, cfg.hidden_act, moe);
@@ -41,13 +42,18 @@ pub fn moe(p: &Moe<Tensor>, x: &Tensor, cfg: &ModelConfig) -> Tensor {
 ///
 /// Where experts are split over devices, tokens go to them: each device gets the tokens of all, gives what its own experts
 /// add, and the sums go back to where the tokens came from.
-fn routed(p: &Moe<Tensor>, x: &Tensor, logits: &Tensor, act: Activation, moe: &MoeConfig) -> Tensor {
+fn routed(p: &Moe<Weight>, x: &Tensor, logits: &Tensor, act: Activation, moe: &MoeConfig) -> Tensor {
     const TOKENS: &[&str] = &["batch", "sequence", ""];
     let g = x.graph();
     let mut inputs: Vec<(&Tensor, &[&str])> = vec![(x, TOKENS), (logits, TOKENS)];
-    inputs.extend([(&p.gate_proj, &["experts", "", "mlp"][..]), (&p.up_proj, &["experts", "", "mlp"])]);
-    inputs.push((&p.down_proj, &["experts", "mlp", ""]));
-    inputs.extend(p.correction_bias.iter().map(|bias| (bias, &[""][..])));
+    let [gate, up, down] = [&p.gate_proj, &p.up_proj, &p.down_proj].map(Weight::float);
+    let correction_bias = p.correction_bias.as_ref().map(Weight::float);
+    inputs.extend([
+        (&gate, &["experts", "", "mlp"][..]),
+        (&up, &["experts", "", "mlp"]),
+        (&down, &["experts", "mlp", ""]),
+    ]);
+    inputs.extend(correction_bias.iter().map(|bias| (bias, &[""][..])));
     let results = g.manual_computation(&inputs, &[TOKENS], |args| {
         let [x, logits, gate, up, down, correction_bias @ ..] = args else { return args.to_vec() };
         let (n, m, all) = (x.dim(0) * x.dim(1), x.dim(2), moe.n_experts);
@@ -172,14 +178,15 @@ impl Experts<'_> {
         let all = [x.dim(0), ids.dim(1), self.gate.dim(0)];
         let chosen = ids.broadcast(&all, &[0, 1]).eq(&x.graph().iota(I32, &all, 2));
         let share = chosen.select(&weights.broadcast(&all, &[0, 1]), 0.0).sum(&[1]);
-        let [gate, up] = [self.gate, self.up].map(|w| einsum_as("NM,EMF->ENF", &x.cast(w.dtype()), w, F32));
+        let [gate, up] =
+            [self.gate, self.up].map(|w| pieces::product("NM,EMF->ENF", &x.cast(w.dtype()), w, x.dim(0), |_| 1));
         let h = activation(&gate, self.act) * up;
         let mut h = (&h * share.transpose(&[1, 0]).broadcast(h.shape(), &[0, 1])).cast(self.down.dtype());
         if h.graph().platform() == Platform::Tpu {
             // As in `mlp`.
             h = h.graph().optimization_barrier(&[&h]).remove(0);
         }
-        einsum_as("ENF,EFM->NM", &h, self.down, F32)
+        pieces::product("ENF,EFM->NM", &h, self.down, x.dim(0), |_| 1)
     }
 }
 

@@ -3,7 +3,7 @@
 //! Dao et al. 2022), which never holds S × T scores.
 
 use xla::DType;
-use xla::graph::{Graph, Platform, Tensor, einsum_as};
+use xla::graph::{Attr, Graph, Kernel, Platform, Tensor, einsum_as};
 
 use super::rows::{TPU_ROWS, pad};
 use crate::kv_cache::{Order, Past};
@@ -26,6 +26,11 @@ const OFFLINE_BYTES: usize = 64 << 20;
 
 /// Rows and columns of the scores that the running softmax holds at a time.
 const ONLINE: [usize; 2] = [512, 1024];
+
+/// The kernel of [`Queries::attend`]: q (B, S, G, R, K) f32, positions (B, S) i32, k and v (B, G, T, K), their scales (B, G, T, 1) f32
+/// where they are int8, and the keys' positions (B, T) i32 where the attribute `window` is not 0; (B, S, G, R, K) f32. The
+/// attribute `softcap` is 0 where there is none.
+pub const ATTEND: &str = "xllama.attend";
 
 /// The queries of one layer.
 #[derive(Clone, Debug)]
@@ -69,9 +74,11 @@ impl Queries<'_> {
     #[track_caller]
     pub fn attend(&self, past: &Past) -> Tensor {
         let (s, r) = (self.q.dim(1), self.q.dim(3));
+        if self.q.graph().has_kernel(ATTEND) && self.sinks.is_none() && self.first_row.is_none() {
+            return self.by_kernel(past);
+        }
         if self.q.graph().platform() == Platform::Tpu && s * r < TPU_ROWS {
-            let padded = Queries { q: pad(&self.q, 3, TPU_ROWS.div_ceil(s), 0.0), ..self.clone() };
-            return padded.offline_heads(past, r);
+            return self.padded().offline_heads(past, None, r);
         }
         match form(self, past) {
             Form::Whole => self.offline(past),
@@ -80,29 +87,74 @@ impl Queries<'_> {
         }
     }
 
+    /// The same of one token of each slot that the past does not hold, but `own`, its key and value (B, 1, G, K): (B, 1, G, R, K) f32.
+    #[track_caller]
+    pub(super) fn attend_beside(&self, past: &Past, own: [&Tensor; 2]) -> Tensor {
+        self.padded().offline_heads(past, Some(own), self.q.dim(3))
+    }
+
+    /// With as many query heads in a group as a TPU needs rows.
+    #[track_caller]
+    fn padded(&self) -> Self {
+        let [s, r] = [1, 3].map(|axis| self.q.dim(axis));
+        Queries { q: pad(&self.q, 3, r.max(TPU_ROWS.div_ceil(s)), 0.0), ..self.clone() }
+    }
+
+    /// By the kernel, which reads only the keys that some query sees.
+    #[track_caller]
+    fn by_kernel(&self, past: &Past) -> Tensor {
+        let window = past.order.window();
+        let q = self.q.cast(DType::F32);
+        let mut inputs = vec![&q, self.positions, &past.k, &past.v];
+        inputs.extend(past.scales.iter().flatten());
+        inputs.extend(window.map(|_| &past.positions));
+        let kernel = Kernel::new(ATTEND)
+            .attr("window", Attr::I64(window.unwrap_or(0) as i64))
+            .attr("softcap", Attr::F32(self.softcap.unwrap_or(0.0) as f32));
+        let (dtype, softcap, has_scales, order) = (self.q.dtype(), self.softcap, past.scales.is_some(), past.order);
+        let out = self.q.graph().kernel(kernel, &inputs, |args| {
+            let [q, positions, k, v, rest @ ..] = args else { unreachable!("as it was called") };
+            let (scales, key_positions) = rest.split_at(if has_scales { 2 } else { 0 });
+            let scales = has_scales.then(|| [scales[0].clone(), scales[1].clone()]);
+            let key_positions = key_positions.first().cloned();
+            let key_positions = key_positions.unwrap_or_else(|| q.graph().iota(DType::I32, &[k.dim(0), k.dim(2)], 1));
+            let past = Past { k: k.clone(), v: v.clone(), scales, positions: key_positions, order };
+            vec![Queries { q: q.cast(dtype), positions, first_row: None, softcap, sinks: None }.offline(&past)]
+        });
+        out[0].clone()
+    }
+
     /// With the whole score matrix (B, G, S, R, T). The sum of the softmax divides after the product with v.
     #[track_caller]
     pub fn offline(&self, past: &Past) -> Tensor {
-        self.offline_heads(past, self.q.dim(3))
+        self.offline_heads(past, None, self.q.dim(3))
     }
 
-    /// The same for the first `heads` of the R query heads of each group.
+    /// The same for the first `heads` of the R query heads of each group, and of one token with `own` as [`Queries::attend_beside`].
     #[track_caller]
-    fn offline_heads(&self, past: &Past, heads: usize) -> Tensor {
+    fn offline_heads(&self, past: &Past, own: Option<[&Tensor; 2]>, heads: usize) -> Tensor {
         let scores = self.scores(past);
         let mut highest = scores.max_keep(&[4]);
         if let Some(sinks) = self.sinks {
             highest = highest.maximum(&sink(sinks, highest.shape()));
         }
+        let own = own.map(|[k, v]| (self.own_scores(k), v));
+        if let Some((own, _)) = &own {
+            highest = highest.maximum(own);
+        }
         let weights = (&scores - highest.broadcast_to(scores.shape())).exp();
         let width = self.q.dim(4);
         let summed = (past.v.dim(3) > width).then(|| values(&weights, past));
         let mut total = match &summed {
-            Some(out) => out.narrow(4, width, 1),
+            // A sum, for a slice would be copied into the order of the division, one more program.
+            Some(out) => {
+                let column = out.graph().iota(DType::I32, out.shape(), 4).eq(width as i64);
+                column.select(out, 0.0).sum_keep(&[4])
+            }
             None => weights.sum_keep(&[4]),
         };
         if let Some(sinks) = self.sinks {
-            total = &total + (sink(sinks, highest.shape()) - highest).exp();
+            total = &total + (sink(sinks, highest.shape()) - &highest).exp();
         }
         if let Some(out) = summed {
             let out = out.narrow(4, 0, width);
@@ -113,7 +165,13 @@ impl Queries<'_> {
             _ => (weights, total),
         };
         let kept = |x: Tensor| if heads == self.q.dim(3) { x } else { x.narrow(2, 0, heads) };
-        let (out, total) = (kept(values(&weights, past)), kept(total));
+        let (mut out, mut total) = (kept(values(&weights, past)), kept(total));
+        if let Some((own, v)) = own {
+            let weight = kept((own - highest).exp());
+            let v = v.cast(DType::F32).reshape(&[v.dim(0), v.dim(2), v.dim(3)]).broadcast(out.shape(), &[0, 1, 4]);
+            out = out + weight.broadcast_to(v.shape()) * v;
+            total = total + weight;
+        }
         queries_first(&(&out / total.broadcast_to(out.shape())))
     }
 
@@ -239,12 +297,28 @@ impl Queries<'_> {
             let [b, g] = [0, 1].map(|axis| scale.dim(axis));
             scores = &scores * scale.reshape(&[b, g, t]).broadcast(scores.shape(), &[0, 1, 4]);
         }
-        if let Some(cap) = self.softcap {
-            scores = (scores / cap).tanh() * cap;
-        }
+        let scores = self.capped(scores);
         visible(self.positions, past)
             .broadcast(scores.shape(), &[0, query_axis(platform), 4])
             .select(&scores, f64::from(f32::MIN))
+    }
+
+    /// Those of one token with its own key (B, 1, G, K), X = 1.
+    #[track_caller]
+    fn own_scores(&self, k: &Tensor) -> Tensor {
+        let q = self.q.cast(DType::F32);
+        let k = k.cast(DType::F32).broadcast(q.shape(), &[0, 1, 2, 4]);
+        let [b, s, g, r] = [0, 1, 2, 3].map(|axis| q.dim(axis));
+        let shape = score_shape(q.graph(), [b, g, s, r, 1]);
+        self.capped((q * k).sum(&[4]).reshape(&shape))
+    }
+
+    #[track_caller]
+    fn capped(&self, scores: Tensor) -> Tensor {
+        match self.softcap {
+            Some(cap) => (scores / cap).tanh() * cap,
+            None => scores,
+        }
     }
 }
 

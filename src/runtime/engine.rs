@@ -18,12 +18,13 @@ use crate::Error;
 use crate::config::ModelConfig;
 use crate::kv_cache::{CacheShape, Pages};
 use crate::params;
+use crate::precision::Precision;
 use crate::sharding::MeshShape;
 
 /// How sessions keep their cache.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct CacheOptions {
-    /// Element type; that of the parameters if `None`. int8 has a scale for each position and head.
+    /// Element type; that of the parameters if `None`, f16 where these are packed. int8 has a scale for each position and head.
     pub dtype: Option<DType>,
     /// Keep layers with full attention in pages of so many positions, which slots share; otherwise each slot has its own array.
     pub page_size: Option<usize>,
@@ -42,11 +43,14 @@ impl CacheOptions {
     }
 }
 
+/// The type of the cache beside packed weights: what reading them saves would else be lost to it.
+const PACKED_CACHE: DType = DType::F16;
+
 /// How a model is put on its devices.
 #[derive(Clone, Debug)]
 pub struct LoadOptions {
-    /// The type of parameters and products.
-    pub dtype: DType,
+    /// What is multiplied.
+    pub precision: Precision,
     /// The devices.
     pub mesh: MeshShape,
     /// For whom the sharding of programs is written.
@@ -55,12 +59,22 @@ pub struct LoadOptions {
     pub cache: Option<PathBuf>,
     /// For what the graph's forms are chosen, if not for the devices it runs on: every form runs everywhere.
     pub forms: Option<Platform>,
+    /// Whether operations that have a kernel for this machine go to it, where one device runs the model; else everything is
+    /// XLA's own.
+    pub kernels: bool,
 }
 
 impl LoadOptions {
-    /// `dtype` on one device.
+    /// Floats on one device.
     pub fn new(dtype: DType, cache: Option<PathBuf>) -> LoadOptions {
-        LoadOptions { dtype, mesh: MeshShape::default(), partitioner: Emission::Shardy, cache, forms: None }
+        LoadOptions {
+            precision: dtype.into(),
+            mesh: MeshShape::default(),
+            partitioner: Emission::Shardy,
+            cache,
+            forms: None,
+            kernels: true,
+        }
     }
 }
 
@@ -112,10 +126,12 @@ impl Engine {
         options: LoadOptions,
         progress: &(dyn Fn(u64, u64) + Sync),
     ) -> Result<Engine, Error> {
-        let LoadOptions { dtype, mesh, partitioner, cache, forms } = options;
+        let LoadOptions { precision, mesh, partitioner, cache, forms, kernels } = options;
         let platform = forms.unwrap_or(Platform::named(client.platform_name()));
-        let model = Blueprint::new(checkpoint.config(), checkpoint.params(), dtype, mesh, platform)?
+        let model = Blueprint::new(checkpoint.config(), checkpoint.params(), precision, mesh, platform)?
             .with_partitioner(partitioner);
+        let on_cpu = kernels && Platform::named(client.platform_name()) == Platform::Cpu;
+        let model = model.with_kernels(if on_cpu { super::handlers::register(&plugin) } else { &[] });
         let executables = ExecutableCache::new(cache, &plugin, &client);
         let placement = Placement::new(client, mesh)?;
         let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
@@ -140,7 +156,10 @@ impl Engine {
     }
 
     /// The same engine with caches kept as `options` say.
-    pub fn with_cache(mut self, options: CacheOptions) -> Engine {
+    pub fn with_cache(mut self, mut options: CacheOptions) -> Engine {
+        if options.dtype.is_none() && self.model.params.iter().iter().any(|p| p.packing.is_some()) {
+            options.dtype = Some(PACKED_CACHE);
+        }
         self.cache_options = options;
         self
     }
@@ -177,8 +196,7 @@ impl Engine {
 
     /// Bytes of all parameters as they are on the device.
     pub fn weight_bytes(&self) -> u64 {
-        let Blueprint { params, dtype, platform, .. } = &self.model;
-        params.iter().iter().map(|p| (p.elements() * params::device_dtype(p, *dtype, *platform).size()) as u64).sum()
+        self.model.params.iter().iter().map(|p| params::device_bytes(p, self.model.dtype, self.model.platform)).sum()
     }
 
     /// What compiling has cost so far.

@@ -1,6 +1,7 @@
 //! The programs that a model runs: one step over S tokens of B slots, in the forms that prefill, decode and the
 //! checkers need. All have the same head of arguments: parameters, cache, tokens, position.
 
+use converter::Packing;
 use xla::DType;
 use xla::graph::{Emission, Graph, Module, Platform, Sharding, Tensor};
 use xla::pjrt::{CompileOptions, OptionOverride};
@@ -10,7 +11,8 @@ use crate::config::ModelConfig;
 use crate::generation::sampling::{SamplerArgs, SamplerSpec, best, log_softmax, sample};
 use crate::kv_cache::{CacheShape, KvCache, Layout, Place};
 use crate::model;
-use crate::params::{self, Llama, Param};
+use crate::params::{self, Llama, Param, Weight};
+use crate::precision::Precision;
 use crate::sharding::MeshShape;
 
 /// What a step gives back besides the cache.
@@ -47,10 +49,10 @@ pub struct StepSpec {
 
 impl StepSpec {
     /// The step that takes the likeliest token, by itself: a prefill of an empty cache, or decode of a full one.
-    pub fn alone(tokens: usize, cache: CacheShape, cfg: &ModelConfig) -> StepSpec {
+    pub fn alone(tokens: usize, cache: CacheShape, model: &Blueprint) -> StepSpec {
         let end = if tokens == 1 { cache.len } else { tokens };
         let output = Output::Token(SamplerSpec::default());
-        StepSpec { tokens, cache, read_len: read_len(&cache, cfg, tokens, end), output }
+        StepSpec { tokens, cache, read_len: model.read_len(&cache, tokens, end), output }
     }
 
     /// True for the step that feeds itself: one token in, one token out, nothing from the host.
@@ -74,31 +76,43 @@ pub struct Blueprint {
     pub platform: Platform,
     /// For whom the sharding is written.
     pub partitioner: Emission,
+    /// Kernels that the plugin knows.
+    pub kernels: &'static [&'static str],
 }
 
 impl Blueprint {
-    /// A model of these parameters on a mesh.
+    /// A model of these parameters on a mesh. Only one processor multiplies with packed parameters; elsewhere they are widened.
     ///
     /// # Errors
     /// Those of [`MeshShape::check`].
     pub fn new(
         cfg: &ModelConfig,
         params: &Llama<Param>,
-        dtype: DType,
+        precision: impl Into<Precision>,
         mesh: MeshShape,
         platform: Platform,
     ) -> Result<Blueprint, Error> {
         mesh.check(cfg)?;
-        let params = params::on_mesh(params, cfg, mesh);
+        let precision = precision.into();
+        let dtype = precision.dtype;
+        let alone = mesh.devices() == 1 && platform == Platform::Cpu;
+        let packing = |p: Param| Param { packing: if alone { precision.packing(&p) } else { None }, ..p };
+        let params = params::on_mesh(params, cfg, mesh).map(&mut |p| packing(p));
         let n_kv_heads = mesh.kv_heads(cfg);
         let mut cfg = cfg.clone();
         cfg.n_kv_heads = n_kv_heads;
-        Ok(Blueprint { cfg, params, dtype, mesh, platform, partitioner: Emission::Shardy })
+        Ok(Blueprint { cfg, params, dtype, mesh, platform, partitioner: Emission::Shardy, kernels: &[] })
     }
 
     /// The same with sharding written for another partitioner.
     pub fn with_partitioner(self, partitioner: Emission) -> Blueprint {
         Blueprint { partitioner, ..self }
+    }
+
+    /// The same with calls of these kernels, where one device runs all of it: a partitioner does not look into them.
+    pub fn with_kernels(self, kernels: &'static [&'static str]) -> Blueprint {
+        let alone = self.mesh.devices() == 1 && self.platform == Platform::Cpu;
+        Blueprint { kernels: if alone { kernels } else { &[] }, ..self }
     }
 
     /// A program's text as its compiler takes it.
@@ -119,6 +133,26 @@ impl Blueprint {
         }
     }
 
+    /// Cache positions that a step over `tokens` tokens reads which ends at position `end`: coarse steps, so that few programs
+    /// serve many lengths. What begins at position 0 sees itself only; rings are read whole, so that one program serves a model
+    /// that has nothing else; and a kernel finds the end by itself.
+    pub fn read_len(&self, cache: &CacheShape, tokens: usize, end: usize) -> usize {
+        let rings = self.cfg.layers.iter().all(|layer| matches!(cache.layout(layer), Layout::Ring { .. }));
+        let by_kernel = self.kernels.contains(&model::ATTEND) && cache.pages.is_none();
+        let least = if tokens == 1 { READ_MIN } else { tokens };
+        match (rings || by_kernel, end == tokens && tokens > 1) {
+            (true, _) => cache.len,
+            (_, true) => tokens,
+            _ => end.max(least).next_power_of_two().min(cache.len),
+        }
+    }
+
+    /// What the weights are: a float type, or the packing of the matrices.
+    pub fn weights(&self) -> &'static str {
+        let packing = self.params.iter().into_iter().find_map(|p| p.packing);
+        packing.map_or(self.dtype.name(), Packing::name)
+    }
+
     /// V with the padding that the mesh asks for.
     pub fn vocab(&self) -> usize {
         self.mesh.vocab(&self.cfg)
@@ -133,6 +167,7 @@ impl Blueprint {
     fn graph(&self, name: &str, cache: &CacheShape, tokens: usize) -> Graph {
         let g = Graph::new(name);
         g.set_platform(self.platform);
+        g.set_kernels(self.kernels);
         if let Some(mesh) = self.mesh.mesh() {
             g.set_mesh(mesh, self.mesh.rules(cache, tokens));
             // Loops and slices between its custom calls crash GSPMD in the builds that were tried.
@@ -156,19 +191,6 @@ pub fn compile_options(platform: Platform) -> CompileOptions {
 /// Decode reads the cache up to a power of two from here on, so that a long cache costs only what is in it.
 const READ_MIN: usize = 512;
 
-/// Cache positions that a step over `tokens` tokens reads which ends at position `end`: coarse steps, so that few programs serve
-/// many lengths. What begins at position 0 sees itself only; rings are read whole, so that one program serves a model that has
-/// nothing else.
-pub fn read_len(cache: &CacheShape, cfg: &ModelConfig, tokens: usize, end: usize) -> usize {
-    let rings = cfg.layers.iter().all(|layer| matches!(cache.layout(layer), Layout::Ring { .. }));
-    let least = if tokens == 1 { READ_MIN } else { tokens };
-    match (rings, end == tokens && tokens > 1) {
-        (true, _) => cache.len,
-        (_, true) => tokens,
-        _ => end.max(least).next_power_of_two().min(cache.len),
-    }
-}
-
 /// Builds the step as a module.
 ///
 /// Arguments: parameters (in declaration order), cache (donated), tokens (B, S), position (B), the table of pages (B, N) where the
@@ -186,7 +208,11 @@ pub fn build(spec: &StepSpec, model: &Blueprint) -> Result<Module, Error> {
         Output::Activations => "activations",
     };
     let g = model.graph(name, &spec.cache, spec.tokens);
-    g.inline_calls(spec.output == Output::Activations);
+    if spec.output == Output::Activations {
+        // What is inside functions and kernels has no names.
+        g.inline_calls(true);
+        g.set_kernels(&[]);
+    }
     let p = params::declare_args(&g, &model.params, model.dtype);
     let cache = KvCache::declare(&g, spec.cache, cfg);
     let (b, s) = (spec.cache.batch, spec.tokens);
@@ -206,9 +232,9 @@ pub fn build(spec: &StepSpec, model: &Blueprint) -> Result<Module, Error> {
     match spec.output {
         Output::Token(sampler) => step.token(&g, sampler),
         Output::Best { count, hidden } => {
-            let states = step.forward(&g);
+            let states = model::final_norm(&p, &step.forward(&g), cfg);
             let last = step.last(&states);
-            let logits = model::lm_head(&p, &last, cfg).reshape(&[b, p.embedding.dim(0)]);
+            let logits = model::lm_head(&p, &last, cfg).reshape(&[b, p.embedding.shape()[0]]);
             let (ids, log_probabilities) = best(&log_softmax(&logits), count);
             g.output("ids", &ids);
             g.output("log_probabilities", &log_probabilities);
@@ -217,7 +243,7 @@ pub fn build(spec: &StepSpec, model: &Blueprint) -> Result<Module, Error> {
             }
         }
         Output::Logits | Output::Activations => {
-            let hidden = step.forward(&g);
+            let hidden = model::final_norm(&p, &step.forward(&g), cfg);
             g.output_sharded("logits", &model::lm_head(&p, &hidden, cfg), &["batch", "sequence", "vocab"]);
             if spec.output == Output::Activations {
                 for (name, value) in g.taps().into_iter().filter(|(name, _)| name != "logits") {
@@ -231,7 +257,7 @@ pub fn build(spec: &StepSpec, model: &Blueprint) -> Result<Module, Error> {
 
 struct Step<'a> {
     spec: &'a StepSpec,
-    p: &'a Llama<Tensor>,
+    p: &'a Llama<Weight>,
     tokens: Tensor,
     place: Place,
     frequencies: Vec<Tensor>,
@@ -240,7 +266,7 @@ struct Step<'a> {
 }
 
 impl Step<'_> {
-    /// Hidden states (B, S, M); the updated cache is given back.
+    /// Hidden states (B, S, M) before the last norm; the updated cache is given back.
     fn forward(&self, g: &Graph) -> Tensor {
         let Step { spec, p, tokens, place, frequencies, cache, cfg } = self;
         let (hidden, new) = model::forward(p, tokens, place, frequencies, cache, &spec.cache, cfg);
@@ -261,15 +287,19 @@ impl Step<'_> {
     fn token(&self, g: &Graph, sampler: SamplerSpec) {
         let b = self.spec.cache.batch;
         let prefill = (!self.spec.is_decode()).then(|| Prefill::declare(g, b, &sampler));
-        let args = SamplerArgs::declare(g, sampler, b, self.p.embedding.dim(0));
+        let args = SamplerArgs::declare(g, sampler, b, self.p.embedding.shape()[0]);
         let hidden = self.forward(g);
-
-        // Only the last position that counts goes through the head.
+        let norm = |x: &Tensor| model::final_norm(self.p, x, self.cfg);
+        // Only the last position that counts goes through the head, and on a TPU through the norm.
+        let last = match g.platform() {
+            Platform::Tpu => norm(&self.last(&hidden)),
+            _ => self.last(&norm(&hidden)),
+        };
         let next = match &self.place.valid {
             Some(valid) => &self.place.first + valid,
             None => &self.place.first + 1i64,
         };
-        let logits = model::lm_head(self.p, &self.last(&hidden), self.cfg).reshape(&[b, self.p.embedding.dim(0)]);
+        let logits = model::lm_head(self.p, &last, self.cfg).reshape(&[b, self.p.embedding.shape()[0]]);
         let sampled = sample(&logits, &next, &args);
         let token = sampled.reshape(&[b, 1]);
         let token = match &prefill {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use super::draws::{Draws, TokenRead};
 use super::engine::{Engine, Program};
 use super::placement::Array;
-use super::program::{Blueprint, CacheProgram, Output, StepSpec, read_len};
+use super::program::{Blueprint, CacheProgram, Output, StepSpec};
 use crate::Error;
 use crate::config;
 use crate::generation::options::SamplingOptions;
@@ -502,7 +502,7 @@ impl<'e> Session<'e> {
     }
 
     fn spec(&self, tokens: usize, end: usize, output: Output) -> StepSpec {
-        let read_len = read_len(&self.shape, self.engine.config(), tokens, end);
+        let read_len = self.engine.model().read_len(&self.shape, tokens, end);
         self.engine.covering(StepSpec { tokens, cache: self.shape, read_len, output })
     }
 

@@ -4,14 +4,18 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
-use converter::{Checkpoint, HostArray};
+use converter::{ArrayBytes, Checkpoint, HostArray, PackedArrays, Packing};
+use xla::DType;
 use xla::pjrt::{HostData, MappedBytes};
 
 use super::engine::CacheOptions;
 use super::placement::{Array, Placement};
 use super::program::Blueprint;
 use crate::Error;
-use crate::params::{Param, device_dtype, host_dtype};
+use crate::params::{Param, device_arrays, device_bytes, device_dtype, host_dtype};
+
+/// The place of a parameter in tree order, and its arrays.
+type Uploaded = (usize, Vec<Array>);
 
 /// Puts every parameter on the devices, in tree order. Parts that lie in a file as they are needed are handed over in
 /// place; others are read and converted by `threads` threads. `progress` gets bytes done and bytes in all.
@@ -24,14 +28,17 @@ pub fn upload(
 ) -> Result<Vec<Array>, Error> {
     let stored = checkpoint.params().iter();
     let params = model.params.iter();
-    let bytes = |p: &Param| (p.elements() * device_dtype(p, model.dtype, model.platform).size()) as u64;
+    let bytes = |p: &Param| device_bytes(p, model.dtype, model.platform);
     let total = params.iter().map(|p| bytes(p)).sum();
     let (next, done) = (AtomicUsize::new(0), AtomicU64::new(0));
-    let one = |i: usize| -> Result<Array, Error> {
-        let array = upload_one(checkpoint, stored[i], params[i], model, placement)?;
+    let one = |i: usize| -> Result<Vec<Array>, Error> {
+        let arrays = match params[i].packing {
+            Some(packing) => upload_packed(checkpoint, stored[i], packing, model, placement)?,
+            None => vec![upload_one(checkpoint, stored[i], params[i], model, placement)?],
+        };
         let bytes = bytes(params[i]);
         progress(done.fetch_add(bytes, Ordering::Relaxed) + bytes, total);
-        Ok(array)
+        Ok(arrays)
     };
     let worker = || {
         let mut mine = Vec::new();
@@ -43,7 +50,7 @@ pub fn upload(
             }
         }
     };
-    let parts: Vec<Result<Vec<(usize, Array)>, Error>> = std::thread::scope(|scope| {
+    let parts: Vec<Result<Vec<Uploaded>, Error>> = std::thread::scope(|scope| {
         let handles: Vec<_> = (0..threads.max(1)).map(|_| scope.spawn(worker)).collect();
         handles.into_iter().map(|h| h.join().unwrap_or_else(|p| std::panic::resume_unwind(p))).collect()
     });
@@ -52,7 +59,28 @@ pub fn upload(
         arrays.extend(part?);
     }
     arrays.sort_unstable_by_key(|(i, _)| *i);
-    Ok(arrays.into_iter().map(|(_, array)| array).collect())
+    Ok(arrays.into_iter().flat_map(|(_, arrays)| arrays).collect())
+}
+
+/// Puts the arrays of a packed parameter on the device, in place where the file has them.
+fn upload_packed(
+    checkpoint: &Checkpoint,
+    stored: &Param,
+    packing: Packing,
+    model: &Blueprint,
+    placement: &Placement,
+) -> Result<Vec<Array>, Error> {
+    let PackedArrays { q, scales, mins, .. } = checkpoint.packed(stored, packing)?;
+    let param = Param { packing: Some(packing), ..stored.clone() };
+    let arrays = device_arrays(&param, model.dtype, model.platform);
+    let upload = |(bytes, (_, dtype, shape)): (ArrayBytes, (String, DType, Vec<usize>))| {
+        let data = HostData::Shared(match bytes {
+            ArrayBytes::File(bytes) => Arc::new(MappedBytes::new(&bytes.file, bytes.range)?),
+            ArrayBytes::Memory(bytes) => Arc::new(bytes),
+        });
+        placement.upload(dtype, &shape, None, |_| Ok(data.clone()))
+    };
+    [Some(q), Some(scales), mins].into_iter().flatten().zip(arrays).map(upload).collect()
 }
 
 /// Puts a parameter, which the checkpoint has as `stored`, on the devices as `param`.

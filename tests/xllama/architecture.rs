@@ -56,6 +56,16 @@ fn none(lines: Vec<String>, rule: &str) {
 fn converter_and_xla_do_not_know_each_other() {
     none(offending("converter/src", &[], |c| names(c, "xla") || names(c, "xllama")), "converter imports xla");
     none(offending("xla/src", &[], |c| names(c, "converter") || names(c, "xllama")), "xla imports converter");
+    let others = ["xla", "converter", "xllama"];
+    none(offending("kernels/src", &[], |c| others.iter().any(|krate| names(c, krate))), "kernels import another room");
+    none(offending("xla/src", &[], |c| names(c, "kernels")), "xla imports kernels");
+}
+
+#[test]
+fn handlers_alone_call_kernels() {
+    // The format of packed weights is known where they are declared.
+    let bad = |c: &str| names(c, "kernels") && !c.contains("kernels::packed");
+    none(offending("src", &["src/runtime/handlers"], bad), "a kernel is called outside src/runtime/handlers");
 }
 
 #[test]

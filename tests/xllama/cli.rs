@@ -183,6 +183,20 @@ fn json_of_conversion_inspect_and_bench() {
     }
     assert!(run(["inspect", "--model", &folder.model()]).ok().contains("layers.0.attention.q_proj"));
 
+    let packed = run(["convert-params", &folder.model(), &folder.arg("int4"), "--dtype", "int4", "--json"]).json();
+    assert_eq!(packed["tensors"], 2 * 9 + 3, "codes and scales of every matrix, and the norms");
+    let shown = run(["inspect", "--json", "--model", &folder.arg("int4")]).json();
+    assert_eq!((&shown["total_parameters"], &shown["total_bytes"]), (&json!(parameters), &packed["bytes"]));
+    let q = shown["parameters"].as_array().expect("rows").iter().find(|p| p["name"] == "layers.0.attention.q_proj");
+    let q = q.expect("a query projection");
+    let packing = json!({"bits": 4, "group": 32, "scales": "F16", "mins": false});
+    // 24 outputs of 20 terms: two blocks of one group of 256 bytes and 16 scales
+    assert_eq!((&q["dtype"], &q["packing"], &q["bytes"]), (&json!("int4"), &packing, &json!(576)));
+    let text = run(["inspect", "--model", &folder.arg("int4")]);
+    assert!(text.ok().contains("int4, groups of 32, F16 scales"));
+    run(["export-hf", &folder.arg("int4"), &folder.arg("x"), "--dtype", "int4"])
+        .fails(2, &["must be f32, bf16 or f16"]);
+
     let bench =
         ["bench", "--json", "--prompt-tokens", "8", "--gen-tokens", "4", "--repeat", "3", "--model", &folder.model()];
     let bench = run(bench).json();

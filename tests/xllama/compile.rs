@@ -13,7 +13,7 @@ use xla::graph::{Emission, Platform};
 use xla::wheel::{self, FetchOptions, PluginKind};
 use xllama::compile::chips::CHIPS;
 use xllama::compile::{ExecutableFile, Job, Step};
-use xllama::runtime::{CacheOptions, device};
+use xllama::runtime::{CacheOptions, device, register_kernels};
 use xllama::sharding::MeshShape;
 
 use crate::support::{Folder, Tiny, finish, has_keys, keys, plugin, repository, run, xllama};
@@ -131,6 +131,7 @@ fn an_executable_loads_where_it_was_compiled_for() {
             mesh: MeshShape::default(),
             partitioner: Emission::Shardy,
             platform: Platform::Cpu,
+            kernels: register_kernels(client.plugin()),
         };
         job.prepare().expect("it builds")
     };

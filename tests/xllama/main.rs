@@ -13,6 +13,7 @@ mod exec_cache;
 mod forms;
 mod generation;
 mod golden;
+mod kernels;
 mod mesh;
 mod moe;
 mod perplexity;

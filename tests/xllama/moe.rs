@@ -10,7 +10,7 @@ use xla::graph::{Graph, Tensor};
 use xla::pjrt::{Client, CompileOptions};
 use xllama::config::{Activation, ExpertGroups, ModelConfig, MoeConfig, Router, SharedExpert};
 use xllama::model::{load_balancing_loss, moe, router_z_loss};
-use xllama::params::{Mlp, Moe};
+use xllama::params::{Mlp, Moe, Weight};
 use xllama::runtime::device;
 
 use crate::support::{block, plugin};
@@ -125,7 +125,7 @@ impl Weights {
                 shared: moe_cfg.shared.map(|_| mlp(&a[6..])),
                 shared_gate: moe_cfg.shared.filter(|shared| shared.gated).map(|_| a[9].clone()),
             };
-            moe(&p, &a[0], cfg)
+            moe(&p.map(&mut Weight::Float), &a[0], cfg)
         })
     }
 
@@ -284,7 +284,7 @@ fn taken(client: &Client, logits: &Array, k: usize) -> Vec<Vec<usize>> {
         let [router, gate_proj, down_proj] = [1, 2, 3].map(|i: usize| a[i].clone());
         let up_proj = gate_proj.clone();
         let p = Moe { router, correction_bias: None, gate_proj, up_proj, down_proj, shared: None, shared_gate: None };
-        moe(&p, &a[0], &cfg)
+        moe(&p.map(&mut Weight::Float), &a[0], &cfg)
     });
     y.chunks(m).map(|y| (0..e).filter(|&i| y[i] > 0.0).collect()).collect()
 }

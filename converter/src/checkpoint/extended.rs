@@ -36,7 +36,8 @@ impl Extended {
 impl Checkpoint {
     /// The same model with a larger vocabulary or a longer context: its configuration, its parameters and the files beside
     /// it are those of the extended model. New rows of the embedding and of the output head are the mean of all rows of the
-    /// source, summed in float64 from its own values and rounded once; a head that is tied stays tied.
+    /// source, summed in float64 from its own values and rounded once; a head that is tied stays tied. Where rows are new, a packed
+    /// embedding or head is one of floats.
     ///
     /// # Errors
     /// [`Error::Config`](crate::Error::Config) for a vocabulary that would shrink, one too small for the added tokens, and a
@@ -59,14 +60,17 @@ impl Checkpoint {
         let config = raw != self.config.raw;
         self.config = ModelConfig::from_value(&raw, &file)?;
 
-        let dtypes: Vec<DType> = self.params.iter().iter().map(|param| param.dtype).collect();
-        let mut dtypes = dtypes.into_iter();
+        let grows = self.config.vocab_size > vocab_size || !tokens.is_empty();
+        let stored: Vec<_> = self.params.iter().iter().map(|param| (param.dtype, param.packing)).collect();
+        let mut stored = stored.into_iter();
         let of_source = |mut param: Param| {
-            param.dtype = dtypes.next().unwrap_or(param.dtype);
+            (param.dtype, param.packing) = stored.next().unwrap_or((param.dtype, None));
+            // new rows are means of floats
+            param.packing = param.packing.filter(|_| !(grows && param.axes.contains('V')));
             param
         };
         self.params = Llama::declare(&self.config).map(&mut { of_source });
-        if self.config.vocab_size > vocab_size || !tokens.is_empty() {
+        if grows {
             self.notes.push(format!(
                 "the vocabulary has {} ids, {vocab_size} in the source; new rows are the mean of the source's",
                 self.config.vocab_size

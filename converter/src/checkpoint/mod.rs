@@ -2,11 +2,12 @@
 
 mod extended;
 mod folder;
+mod packed;
 mod part;
 mod side_files;
 mod verify;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fs::{self, File};
 use std::io::Read;
 use std::mem;
@@ -15,7 +16,6 @@ use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use crate::DType;
 use crate::array::{HostArray, transpose_rows};
 use crate::config::ModelConfig;
 use crate::dtype::{Overflow, cast, narrow};
@@ -23,14 +23,20 @@ use crate::error::{Error, Result};
 use crate::gguf::GgufFile;
 use crate::layout::{HfTensor, Layout, Llama, Param, Piece};
 use crate::pool;
-use crate::shard::{FileBytes, Stored};
+use crate::shard::{FileBytes, Shard, Stored};
+use crate::{DType, Packing};
 use extended::{Extended, Grown};
 use folder::Folder;
+pub use packed::{ArrayBytes, PackedArrays};
+pub(crate) use packed::{BlocksMut, PACKED, blocks_at_a_time, metadata};
 use part::{Part, segments, total, whole};
 use verify::{Found, LM_HEAD, verify};
 
-/// `format` in the metadata of a per-head file, with its version.
-pub(crate) const FORMAT: [(&str, &str); 2] = [("format", "xllama-per-head"), ("version", "1")];
+/// `format` in the metadata of a per-head file.
+pub(crate) const FORMAT: (&str, &str) = ("format", "xllama-per-head");
+
+/// `version` in the metadata of a per-head file: of one that has only floats, and of one with packed parameters.
+pub(crate) const VERSIONS: [&str; 2] = ["1", "2"];
 
 /// Source bytes that are read, converted and moved at a time.
 const PIECE: usize = 1 << 20;
@@ -89,6 +95,8 @@ pub struct Checkpoint {
     params: Llama<Param>,
     notes: Vec<String>,
     source: Source,
+    /// The parameters that lie packed in a per-head folder, by name.
+    packings: HashMap<String, Packing>,
     extended: Option<Extended>,
 }
 
@@ -122,27 +130,25 @@ impl Checkpoint {
         let text = String::from_utf8(text).map_err(|_| Error::format(&config_path, "not UTF-8 text"))?;
         let config = ModelConfig::from_json(&text, &config_path)?;
         let folder = Folder::open(path, form.stem())?;
+        let declared = Llama::declare(&config);
+        let mut packings = HashMap::new();
         if kind == Kind::PerHead {
-            for shard in &folder.shards {
-                if let Some((key, value)) =
-                    FORMAT.into_iter().find(|&(k, v)| shard.metadata.get(k).is_none_or(|x| x != v))
-                {
-                    let found = shard.metadata.get(key).map_or("nothing".to_string(), |x| format!("{x:?}"));
-                    let what = format!(
-                        "expected {key} {value:?} in the metadata of a per-head file, found {found}; convert the model again"
-                    );
-                    return Err(Error::format(&shard.path, what));
-                }
-            }
+            folder.shards.iter().try_for_each(check_format)?;
+            packings = packed::packings(&folder, &declared)?;
         }
-        let found = folder.tensors().map(|(shard, stored)| {
-            let dtype = float_type(stored.dtype).ok_or_else(|| format!("{:?}", stored.dtype));
-            (stored.name.as_str(), Found { file: &shard.path, shape: &stored.shape, dtype })
-        });
-        let (params, notes) = verify(&config, found.collect(), form, path)?;
+        let float = config.dtype.unwrap_or(DType::BF16);
+        let mut found: BTreeMap<&str, Found<'_>> = folder
+            .tensors()
+            .map(|(shard, stored)| {
+                let dtype = float_type(stored.dtype).ok_or_else(|| format!("{:?}", stored.dtype));
+                (stored.name.as_str(), Found { file: &shard.path, shape: &stored.shape, dtype, packing: None })
+            })
+            .collect();
+        packed::stand_in(&mut found, &packings, &declared, float);
+        let (params, notes) = verify(&config, &declared, found, form, path)?;
         check_tied_head(&folder, &config)?;
         let (path, source) = (path.to_path_buf(), Source::Folder(folder));
-        Ok(Checkpoint { path, kind, config, params, notes, source, extended: None })
+        Ok(Checkpoint { path, kind, config, params, notes, source, packings, extended: None })
     }
 
     fn open_gguf(path: &Path) -> Result<Checkpoint> {
@@ -159,14 +165,16 @@ impl Checkpoint {
             .tensors()
             .iter()
             .map(|tensor| {
-                let own = if file.is_quantized() { Some(DType::BF16) } else { DType::parse(tensor.kind().name()) };
-                let dtype = own.ok_or_else(|| tensor.kind().name().to_string());
-                (tensor.hf_name(), Found { file: path, shape: tensor.shape(), dtype })
+                let kind = tensor.kind();
+                let own = if kind.is_quantized() { Some(DType::BF16) } else { DType::parse(kind.name()) };
+                let dtype = own.ok_or_else(|| kind.name().to_string());
+                (tensor.hf_name(), Found { file: path, shape: tensor.shape(), dtype, packing: kind.packing() })
             })
             .collect();
-        let (params, notes) = verify(&config, found, Form::HuggingFace, path)?;
+        let (params, notes) = verify(&config, &Llama::declare(&config), found, Form::HuggingFace, path)?;
         let (path, source) = (path.to_path_buf(), Source::Gguf(file));
-        Ok(Checkpoint { path, kind: Kind::Gguf, config, params, notes, source, extended: None })
+        let packings = HashMap::new();
+        Ok(Checkpoint { path, kind: Kind::Gguf, config, params, notes, source, packings, extended: None })
     }
 
     /// Where it was opened.
@@ -184,7 +192,8 @@ impl Checkpoint {
         &self.config
     }
 
-    /// Its parameters. Their type is the stored tensor's own, bfloat16 for every tensor of a quantized GGUF file.
+    /// Its parameters. Their type is the stored tensor's own; a packed parameter has that of the configuration, and a
+    /// quantized tensor of a GGUF file bfloat16.
     pub fn params(&self) -> &Llama<Param> {
         &self.params
     }
@@ -192,6 +201,12 @@ impl Checkpoint {
     /// A sentence for each kind of tensor that was passed over.
     pub fn notes(&self) -> &[String] {
         &self.notes
+    }
+
+    /// The float type of the whole model, where it has one: of one with packed parameters, that of its configuration.
+    pub(crate) fn float_type(&self) -> Option<DType> {
+        let packed = self.params.iter().iter().any(|param| param.packing.is_some());
+        packed.then_some(self.config.dtype.unwrap_or(DType::BF16))
     }
 
     /// Whether the configuration is another than that on disk.
@@ -277,7 +292,7 @@ impl Checkpoint {
         out: &mut [u8],
         cancel: &AtomicBool,
     ) -> Result<()> {
-        let transposed = form != self.form() && param.layout == Layout::Transposed;
+        let transposed = param.layout == Layout::Transposed && (form == Form::PerHead) != self.is_transposed(param);
         let (rows, columns) = (total(&part.rows), total(&part.columns));
         // as many as if the columns were whole: those of a GGUF file are, until they have been decoded
         let step = rows_at_a_time(self.matrix(param, part.piece).1, dtype);
@@ -332,9 +347,10 @@ impl Checkpoint {
         }
     }
 
-    /// Whether a parameter lies on disk as (columns, rows) of what Hugging Face's form has.
+    /// Whether a parameter lies on disk as (columns, rows) of what Hugging Face's form has. Packed it does not: its blocks
+    /// are outputs, which are rows there.
     fn is_transposed(&self, param: &Param) -> bool {
-        self.kind == Kind::PerHead && param.layout == Layout::Transposed
+        self.kind == Kind::PerHead && param.layout == Layout::Transposed && !self.packings.contains_key(&param.name)
     }
 
     fn unknown(&self, param: &Param) -> Error {
@@ -369,14 +385,20 @@ impl<'a> Rows<'a> {
         let checkpoint = self.checkpoint;
         let piece = &self.param.pieces[self.piece];
         let (rows, columns) = checkpoint.matrix_on_disk(self.param, self.piece);
-        let elements = count * total(&self.columns);
         // a per-head tensor holds the pieces one after another
         let (name, first) = match checkpoint.form() {
             Form::HuggingFace => (piece.name.as_str(), piece.first_row + first),
             Form::PerHead => (self.param.name.as_str(), self.piece * rows + first),
         };
         let (file, narrowed) = match &checkpoint.source {
+            Source::Folder(folder) if checkpoint.packings.contains_key(name) => {
+                self.floats.resize(count * columns, 0.0);
+                let within = first - self.piece * rows;
+                checkpoint.unpack_rows(folder, self.param, self.piece, within..within + count, &mut self.floats)?;
+                (checkpoint.path(), self.keep_columns(count, columns, out))
+            }
             Source::Folder(folder) => {
+                let elements = count * total(&self.columns);
                 let (shard, Stored { dtype, range, .. }) =
                     folder.get(name).ok_or_else(|| checkpoint.unknown(self.param))?;
                 let from = float_type(*dtype).ok_or_else(|| checkpoint.unknown(self.param))?;
@@ -395,21 +417,26 @@ impl<'a> Rows<'a> {
             Source::Gguf(gguf) => {
                 self.floats.resize(count * columns, 0.0);
                 gguf.read_rows(name, first..first + count, &mut self.floats)?;
-                let mut kept = 0;
-                for segment in segments(0..count, &self.columns, columns) {
-                    let len = segment.len();
-                    if kept < segment.start {
-                        self.floats.copy_within(segment, kept);
-                    }
-                    kept += len;
-                }
-                (gguf.path(), narrow(&self.floats[..elements], out, self.dtype))
+                (gguf.path(), self.keep_columns(count, columns, out))
             }
         };
         narrowed.map_err(|Overflow { value }| {
             let what = format!("the value {value} is too large for {}; choose bf16 or f32", self.dtype.torch_name());
             Error::tensor(file, name, what)
         })
+    }
+
+    /// Converts the columns that are read of `count` whole rows of `width` values.
+    fn keep_columns(&mut self, count: usize, width: usize, out: &mut [u8]) -> Result<(), Overflow> {
+        let mut kept = 0;
+        for segment in segments(0..count, &self.columns, width) {
+            let len = segment.len();
+            if kept < segment.start {
+                self.floats.copy_within(segment, kept);
+            }
+            kept += len;
+        }
+        narrow(&self.floats[..kept], out, self.dtype)
     }
 }
 
@@ -427,6 +454,21 @@ fn float_type(dtype: safetensors::Dtype) -> Option<DType> {
         safetensors::Dtype::F64 => Some(DType::F64),
         _ => None,
     }
+}
+
+/// Refuses a per-head file of another format or version.
+fn check_format(shard: &Shard) -> Result<()> {
+    let found = |key: &str| shard.metadata.get(key).map(String::as_str);
+    let told = |key: &str| found(key).map_or("nothing".to_string(), |x| format!("{x:?}"));
+    let (key, format) = FORMAT;
+    let what = if found(key) != Some(format) {
+        format!("{key} {format:?} in the metadata of a per-head file, found {}", told(key))
+    } else if !found("version").is_some_and(|version| VERSIONS.contains(&version)) {
+        format!("version \"1\" or \"2\" in the metadata of a per-head file, found {}", told("version"))
+    } else {
+        return Ok(());
+    };
+    Err(Error::format(&shard.path, format!("expected {what}; convert the model again")))
 }
 
 /// Refuses folders that are something else, with what to do about it.

@@ -23,7 +23,7 @@ pub(super) struct Part {
 impl Checkpoint {
     /// Reads a part of one parameter in per-head layout, converted to `dtype` (rounded to nearest even): `part` has a
     /// range for each axis of `param.shape`, and may be empty. Of a safetensors file only the bytes of the part are read,
-    /// of a GGUF file the rows that they stand in; for new rows of a grown vocabulary, all whose mean they are.
+    /// of a GGUF file the rows that they stand in, of a packed parameter blocks of 16 rows; for new rows of a grown vocabulary, all whose mean they are.
     ///
     /// # Errors
     /// As [`Checkpoint::read`]; [`Error::Tensor`] for another number of ranges than axes and for a range that leaves its
@@ -34,7 +34,7 @@ impl Checkpoint {
 
     /// Where a part of a parameter lies in its file, in per-head layout and its own type, to be used without a copy. `None`
     /// where the file has another layout, has the part in several places or only some of it, does not align it to 64
-    /// bytes, and where the part is empty.
+    /// bytes, where the parameter is packed, and where the part is empty.
     ///
     /// # Errors
     /// [`Error::Format`] for a file that has shrunk; [`Error::Tensor`] for a parameter of another model, another number of
@@ -42,7 +42,7 @@ impl Checkpoint {
     pub fn place_part(&self, param: &Param, part: &[Range<usize>]) -> Result<Option<FileBytes>> {
         self.check_part(param, part)?;
         let Source::Folder(folder) = &self.source else { return Ok(None) };
-        if self.grown(param).is_some() {
+        if self.grown(param).is_some() || self.packings.contains_key(&param.name) {
             return Ok(None);
         }
         let (name, shape, first) = match (self.kind, &param.pieces[..]) {

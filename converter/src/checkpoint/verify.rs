@@ -4,10 +4,10 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use super::Form;
-use crate::DType;
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
 use crate::layout::{HfTensor, Llama, Param};
+use crate::{DType, Packing};
 
 /// What a checkpoint holds under one name.
 pub(super) struct Found<'a> {
@@ -15,6 +15,8 @@ pub(super) struct Found<'a> {
     pub(super) shape: &'a [usize],
     /// The type that its parameter gets, or the name of a type that is not supported.
     pub(super) dtype: Result<DType, String>,
+    /// How it is packed, if it is; parameters that are not contracted are then read as floats.
+    pub(super) packing: Option<Packing>,
 }
 
 /// The declared parameters with the types they are stored in, and a sentence for each kind of tensor passed over.
@@ -24,15 +26,15 @@ pub(super) struct Found<'a> {
 /// tensor of the wrong shape or type.
 pub(super) fn verify(
     cfg: &ModelConfig,
+    declared: &Llama<Param>,
     mut found: BTreeMap<&str, Found<'_>>,
     form: Form,
     path: &Path,
 ) -> Result<(Llama<Param>, Vec<String>)> {
     let mut missing = Vec::new();
     let mut wrong: Vec<Error> = Vec::new();
-    let declared = Llama::declare(cfg);
     let mut params = declared.clone().into_leaves();
-    for HfTensor { name, shape, parts } in form.tensors(&declared) {
+    for HfTensor { name, shape, parts } in form.tensors(declared) {
         match found.remove(name.as_str()) {
             None => missing.push(format!("{name} {shape:?}")),
             Some(Found { file, shape: there, .. }) if there != shape => {
@@ -46,7 +48,10 @@ pub(super) fn verify(
                 let what = format!("its type {name_there} is not supported; supported: F16, BF16, F32, F64");
                 wrong.push(Error::tensor(file, &name, what));
             }
-            Some(Found { dtype: Ok(dtype), .. }) => parts.iter().for_each(|&(i, _)| params[i].dtype = dtype),
+            Some(Found { dtype: Ok(dtype), packing, .. }) => parts.iter().for_each(|&(i, _)| {
+                params[i].dtype = dtype;
+                params[i].packing = packing.filter(|_| params[i].contraction().is_some());
+            }),
         }
     }
     let params = declared.from_leaves(params).expect("as many as were declared");

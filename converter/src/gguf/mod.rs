@@ -32,6 +32,7 @@ use source::Source;
 
 pub use metadata::{Metadata, Value};
 pub use quant::TensorType;
+pub use rows::RowCodes;
 
 /// The key that names the architecture.
 const ARCHITECTURE: &str = "general.architecture";
@@ -175,20 +176,40 @@ impl GgufFile {
     /// [`Error::Tensor`] for an unknown name, rows out of range, or an `out` of another length than the rows have;
     /// [`Error::Io`] where the file cannot be read any more.
     pub fn read_rows(&self, hf_name: &str, rows: Range<usize>, out: &mut [f32]) -> Result<(), Error> {
-        let tensor = self
-            .tensor(hf_name)
-            .ok_or_else(|| Error::tensor(&self.path, hf_name, "there is no such tensor in the file"))?;
-        let shape = tensor.shape();
-        if rows.start > rows.end || rows.end > shape[0] {
-            let what = format!("rows {}..{} were asked for, it has {}", rows.start, rows.end, shape[0]);
-            return Err(Error::tensor(&self.path, hf_name, what));
-        }
-        let expected = rows.len() * shape[1..].iter().product::<usize>();
+        let tensor = self.tensor_with(hf_name, &rows)?;
+        let expected = rows.len() * tensor.shape()[1..].iter().product::<usize>();
         if out.len() != expected {
             let what = format!("{} rows have {expected} elements, the destination has {}", rows.len(), out.len());
             return Err(Error::tensor(&self.path, hf_name, what));
         }
         rows::read_rows(&self.source, &tensor.info, tensor.form, rows, out).map_err(Error::io(&self.path, "reading"))
+    }
+
+    /// Takes rows of a quantized tensor apart into codes, scales and minima, as [`TensorType::packing`] says they are packed,
+    /// with the rows in the order of [`GgufFile::read_rows`]. Their values are those of `read_rows` bit for bit.
+    ///
+    /// # Errors
+    /// [`Error::Tensor`] for an unknown name, rows out of range, or a tensor of a float type or of one axis; [`Error::Io`] where the file
+    /// cannot be read any more.
+    pub fn read_codes(&self, hf_name: &str, rows: Range<usize>, out: &mut RowCodes) -> Result<(), Error> {
+        let tensor = self.tensor_with(hf_name, &rows)?;
+        let (kind, columns) = (tensor.kind(), tensor.shape()[1..].iter().product::<usize>());
+        if !kind.is_quantized() || !columns.is_multiple_of(kind.block_len()) {
+            let what = format!("rows of {columns} elements of type {} are not blocks of codes", kind.name());
+            return Err(Error::tensor(&self.path, hf_name, what));
+        }
+        rows::read_codes(&self.source, &tensor.info, tensor.form, rows, out).map_err(Error::io(&self.path, "reading"))
+    }
+
+    /// The tensor of this name, which has these rows.
+    fn tensor_with(&self, hf_name: &str, rows: &Range<usize>) -> Result<&GgufTensor, Error> {
+        let bad = |what: String| Error::tensor(&self.path, hf_name, what);
+        let tensor = self.tensor(hf_name).ok_or_else(|| bad("there is no such tensor in the file".into()))?;
+        let found = tensor.shape()[0];
+        if rows.start > rows.end || rows.end > found {
+            return Err(bad(format!("rows {}..{} were asked for, it has {found}", rows.start, rows.end)));
+        }
+        Ok(tensor)
     }
 
     /// `config.json` of the model, as transformers (4 and 5) would write it.

@@ -3,8 +3,14 @@
 //! A quantized tensor is a sequence of blocks along its fastest axis; each block has its own scales. The layouts are
 //! those of ggml; the arithmetic is float32 in the order of operations of the `gguf` Python package, so that the
 //! values are the same to the last bit. Symbols in the formulas: `d` scale, `m` minimum, `q` the stored integer.
+//!
+//! Every format is groups of integer codes with a scale, and some with a minimum: a value is `scale · code` or
+//! `scale · code + minimum`. A block is taken apart into these ([`Codes`]) and its values follow from them.
 
 use half::{bf16, f16};
+use kernels::packed::Bits;
+
+use crate::packing::{Packing, ScaleType};
 
 /// Elements in a block of the K-quants.
 const QK_K: usize = 256;
@@ -116,29 +122,82 @@ impl TensorType {
         self.block_len() > 1
     }
 
+    /// How codes, scales and minima of the type are packed so that no value changes: in the fewest bits that hold the codes.
+    /// `None` for the float types.
+    pub fn packing(self) -> Option<Packing> {
+        let (bits, group, scales, mins) = match self {
+            TensorType::F32 | TensorType::F16 | TensorType::Bf16 => return None,
+            TensorType::Q4_0 => (Bits::Four, 32, ScaleType::F16, false),
+            TensorType::Q4_1 => (Bits::Four, 32, ScaleType::F16, true),
+            TensorType::Q5_0 | TensorType::Q8_0 => (Bits::Eight, 32, ScaleType::F16, false),
+            TensorType::Q5_1 => (Bits::Eight, 32, ScaleType::F16, true),
+            // a K-quant's scale is a product, of more digits than half precision has
+            TensorType::Q2K => (Bits::Four, 16, ScaleType::F32, true),
+            TensorType::Q3K => (Bits::Four, 16, ScaleType::F32, false),
+            TensorType::Q4K => (Bits::Four, 32, ScaleType::F32, true),
+            TensorType::Q5K => (Bits::Eight, 32, ScaleType::F32, true),
+            TensorType::Q6K => (Bits::Eight, 16, ScaleType::F32, false),
+        };
+        Some(Packing::new(bits, group, scales, mins))
+    }
+
     /// Writes the values of `blocks` to `out`.
     ///
     /// `blocks` holds whole blocks and `out` has exactly their number of elements; what is beyond the shorter of the
     /// two stays untouched.
     pub fn dequantize(self, blocks: &[u8], out: &mut [f32]) {
-        let decode: fn(&[u8], &mut [f32]) = match self {
-            TensorType::F32 => |b, y| y[0] = f32::from_le_bytes([b[0], b[1], b[2], b[3]]),
-            TensorType::F16 => |b, y| y[0] = f16_at(b, 0),
-            TensorType::Bf16 => |b, y| y[0] = bf16::from_le_bytes([b[0], b[1]]).to_f32(),
-            TensorType::Q4_0 => q4_0,
-            TensorType::Q4_1 => q4_1,
-            TensorType::Q5_0 => q5_0,
-            TensorType::Q5_1 => q5_1,
-            TensorType::Q8_0 => q8_0,
-            TensorType::Q2K => q2_k,
-            TensorType::Q3K => q3_k,
-            TensorType::Q4K => q4_k,
-            TensorType::Q5K => q5_k,
-            TensorType::Q6K => q6_k,
+        let Some(packing) = self.packing() else {
+            let decode: fn(&[u8]) -> f32 = match self {
+                TensorType::F16 => |b| f16_at(b, 0),
+                TensorType::Bf16 => |b| bf16::from_le_bytes([b[0], b[1]]).to_f32(),
+                _ => |b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]),
+            };
+            return out.iter_mut().zip(blocks.chunks_exact(self.block_bytes())).for_each(|(y, b)| *y = decode(b));
         };
+        let mut codes = Codes::new();
         for (block, values) in blocks.chunks_exact(self.block_bytes()).zip(out.chunks_exact_mut(self.block_len())) {
-            decode(block, values);
+            self.take_apart(block, &mut codes);
+            let group = packing.format.group;
+            for (g, (values, codes_of)) in values.chunks_mut(group).zip(codes.codes.chunks(group)).enumerate() {
+                let (scale, minimum) = (codes.scales[g], codes.minima[g]);
+                match packing.format.mins {
+                    true => values.iter_mut().zip(codes_of).for_each(|(y, &c)| *y = scale * f32::from(c) + minimum),
+                    false => values.iter_mut().zip(codes_of).for_each(|(y, &c)| *y = scale * f32::from(c)),
+                }
+            }
         }
+    }
+
+    /// Takes one block of a quantized type apart.
+    pub(super) fn take_apart(self, block: &[u8], out: &mut Codes) {
+        match self {
+            TensorType::F32 | TensorType::F16 | TensorType::Bf16 => unreachable!("{} has no codes", self.name()),
+            TensorType::Q4_0 => q4_0(block, out),
+            TensorType::Q4_1 => q4_1(block, out),
+            TensorType::Q5_0 => q5_0(block, out),
+            TensorType::Q5_1 => q5_1(block, out),
+            TensorType::Q8_0 => q8_0(block, out),
+            TensorType::Q2K => q2_k(block, out),
+            TensorType::Q3K => q3_k(block, out),
+            TensorType::Q4K => q4_k(block, out),
+            TensorType::Q5K => q5_k(block, out),
+            TensorType::Q6K => q6_k(block, out),
+        }
+    }
+}
+
+/// One block taken apart, as many of each as its type has.
+pub(super) struct Codes {
+    pub(super) codes: [i8; QK_K],
+    /// One for each group.
+    pub(super) scales: [f32; QK_K / 16],
+    /// The same, what is added; left alone by types that have none.
+    pub(super) minima: [f32; QK_K / 16],
+}
+
+impl Codes {
+    pub(super) fn new() -> Codes {
+        Codes { codes: [0; QK_K], scales: [0.0; QK_K / 16], minima: [0.0; QK_K / 16] }
     }
 }
 
@@ -147,54 +206,44 @@ fn f16_at(block: &[u8], at: usize) -> f32 {
 }
 
 /// Blocks of 32 keep elements 0‥16 in the low and 16‥32 in the high halves of their bytes.
-fn nibble(qs: &[u8], i: usize) -> u8 {
-    if i < 16 { qs[i] & 15 } else { qs[i - 16] >> 4 }
+fn nibble(qs: &[u8], i: usize) -> i8 {
+    (if i < 16 { qs[i] & 15 } else { qs[i - 16] >> 4 }) as i8
 }
 
 /// d:f16, qs:16
-fn q4_0(b: &[u8], y: &mut [f32]) {
-    let d = f16_at(b, 0);
-    for (i, y) in y.iter_mut().enumerate() {
-        *y = d * (f32::from(nibble(&b[2..], i)) - 8.0);
-    }
+fn q4_0(b: &[u8], out: &mut Codes) {
+    out.scales[0] = f16_at(b, 0);
+    out.codes[..32].iter_mut().enumerate().for_each(|(i, c)| *c = nibble(&b[2..], i) - 8);
 }
 
 /// d:f16, m:f16, qs:16
-fn q4_1(b: &[u8], y: &mut [f32]) {
-    let (d, m) = (f16_at(b, 0), f16_at(b, 2));
-    for (i, y) in y.iter_mut().enumerate() {
-        *y = d * f32::from(nibble(&b[4..], i)) + m;
-    }
+fn q4_1(b: &[u8], out: &mut Codes) {
+    (out.scales[0], out.minima[0]) = (f16_at(b, 0), f16_at(b, 2));
+    out.codes[..32].iter_mut().enumerate().for_each(|(i, c)| *c = nibble(&b[4..], i));
 }
 
 /// The fifth bits of a block of 32 are one little-endian 32-bit word.
-fn five_bits(qh: &[u8], qs: &[u8], i: usize) -> f32 {
-    let high = (u32::from_le_bytes([qh[0], qh[1], qh[2], qh[3]]) >> i & 1) as u8;
-    f32::from(nibble(qs, i) | high << 4)
+fn five_bits(qh: &[u8], qs: &[u8], i: usize) -> i8 {
+    let high = (u32::from_le_bytes([qh[0], qh[1], qh[2], qh[3]]) >> i & 1) as i8;
+    nibble(qs, i) | high << 4
 }
 
 /// d:f16, qh:4, qs:16
-fn q5_0(b: &[u8], y: &mut [f32]) {
-    let d = f16_at(b, 0);
-    for (i, y) in y.iter_mut().enumerate() {
-        *y = d * (five_bits(&b[2..6], &b[6..], i) - 16.0);
-    }
+fn q5_0(b: &[u8], out: &mut Codes) {
+    out.scales[0] = f16_at(b, 0);
+    out.codes[..32].iter_mut().enumerate().for_each(|(i, c)| *c = five_bits(&b[2..6], &b[6..], i) - 16);
 }
 
 /// d:f16, m:f16, qh:4, qs:16
-fn q5_1(b: &[u8], y: &mut [f32]) {
-    let (d, m) = (f16_at(b, 0), f16_at(b, 2));
-    for (i, y) in y.iter_mut().enumerate() {
-        *y = d * five_bits(&b[4..8], &b[8..], i) + m;
-    }
+fn q5_1(b: &[u8], out: &mut Codes) {
+    (out.scales[0], out.minima[0]) = (f16_at(b, 0), f16_at(b, 2));
+    out.codes[..32].iter_mut().enumerate().for_each(|(i, c)| *c = five_bits(&b[4..8], &b[8..], i));
 }
 
 /// d:f16, qs:32 signed
-fn q8_0(b: &[u8], y: &mut [f32]) {
-    let d = f16_at(b, 0);
-    for (y, &q) in y.iter_mut().zip(&b[2..]) {
-        *y = f32::from(q as i8) * d;
-    }
+fn q8_0(b: &[u8], out: &mut Codes) {
+    out.scales[0] = f16_at(b, 0);
+    out.codes[..32].iter_mut().zip(&b[2..]).for_each(|(c, &q)| *c = q as i8);
 }
 
 /// Element `i` of 256 two-bit values: 32 bytes hold four runs of 32 elements, one run per bit pair.
@@ -203,30 +252,27 @@ fn two_bits(qs: &[u8], i: usize) -> u8 {
 }
 
 /// scales:16 (low half scale, high half minimum), qs:64, d:f16, dmin:f16
-fn q2_k(b: &[u8], y: &mut [f32]) {
+fn q2_k(b: &[u8], out: &mut Codes) {
     let (scales, qs) = (&b[..16], &b[16..80]);
     let (d, dmin) = (f16_at(b, 80), f16_at(b, 82));
-    for (group, y) in y.chunks_exact_mut(16).enumerate() {
-        let scale = d * f32::from(scales[group] & 15);
-        let minimum = dmin * f32::from(scales[group] >> 4);
-        for (i, y) in y.iter_mut().enumerate() {
-            *y = scale * f32::from(two_bits(qs, group * 16 + i)) - minimum;
-        }
+    for (group, both) in scales.iter().enumerate() {
+        out.scales[group] = d * f32::from(both & 15);
+        out.minima[group] = -(dmin * f32::from(both >> 4));
     }
+    out.codes.iter_mut().enumerate().for_each(|(i, c)| *c = two_bits(qs, i) as i8);
 }
 
 /// hmask:32, qs:64, scales:12, d:f16. The third bit is stored inverted: a clear mask bit subtracts 4.
-fn q3_k(b: &[u8], y: &mut [f32]) {
+fn q3_k(b: &[u8], out: &mut Codes) {
     let (hmask, qs, scales, d) = (&b[..32], &b[32..96], &b[96..108], f16_at(b, 108));
-    for (group, y) in y.chunks_exact_mut(16).enumerate() {
+    for (group, scale) in out.scales.iter_mut().enumerate() {
         let low = scales[group % 8] >> (group / 8 * 4) & 15;
         let high = scales[8 + group % 4] >> (group / 4 * 2) & 3;
-        let scale = d * (f32::from(low | high << 4) - 32.0);
-        for (i, y) in y.iter_mut().enumerate() {
-            let i = group * 16 + i;
-            let offset = if hmask[i % 32] >> (i / 32) & 1 == 1 { 0.0 } else { 4.0 };
-            *y = scale * (f32::from(two_bits(qs, i)) - offset);
-        }
+        *scale = d * (f32::from(low | high << 4) - 32.0);
+    }
+    for (i, c) in out.codes.iter_mut().enumerate() {
+        let offset = if hmask[i % 32] >> (i / 32) & 1 == 1 { 0 } else { 4 };
+        *c = two_bits(qs, i) as i8 - offset;
     }
 }
 
@@ -241,40 +287,41 @@ fn scale_and_minimum(s: &[u8], group: usize) -> (f32, f32) {
     (f32::from(scale), f32::from(minimum))
 }
 
+/// The scales and minima of Q4_K and Q5_K: d:f16, dmin:f16, scales:12.
+fn scales_and_minima(b: &[u8], out: &mut Codes) {
+    let (d, dmin) = (f16_at(b, 0), f16_at(b, 2));
+    for group in 0..8 {
+        let (scale, minimum) = scale_and_minimum(&b[4..16], group);
+        (out.scales[group], out.minima[group]) = (d * scale, -(dmin * minimum));
+    }
+}
+
 /// d:f16, dmin:f16, scales:12, qs:128. 32 bytes hold two groups: the low halves, then the high ones.
-fn q4_k(b: &[u8], y: &mut [f32]) {
-    let (d, dmin, scales, qs) = (f16_at(b, 0), f16_at(b, 2), &b[4..16], &b[16..144]);
-    for (group, y) in y.chunks_exact_mut(32).enumerate() {
-        let (scale, minimum) = scale_and_minimum(scales, group);
-        let (scale, minimum) = (d * scale, dmin * minimum);
-        for (y, &q) in y.iter_mut().zip(&qs[group / 2 * 32..]) {
-            *y = scale * f32::from(q >> (group % 2 * 4) & 15) - minimum;
-        }
+fn q4_k(b: &[u8], out: &mut Codes) {
+    scales_and_minima(b, out);
+    for (group, codes) in out.codes.chunks_exact_mut(32).enumerate() {
+        let qs = &b[16 + group / 2 * 32..];
+        codes.iter_mut().zip(qs).for_each(|(c, &q)| *c = (q >> (group % 2 * 4) & 15) as i8);
     }
 }
 
 /// d:f16, dmin:f16, scales:12, qh:32, qs:128. Bit `g` of `qh[i]` is the fifth bit of element `i` of group `g`.
-fn q5_k(b: &[u8], y: &mut [f32]) {
-    let (d, dmin, scales, qh, qs) = (f16_at(b, 0), f16_at(b, 2), &b[4..16], &b[16..48], &b[48..176]);
-    for (group, y) in y.chunks_exact_mut(32).enumerate() {
-        let (scale, minimum) = scale_and_minimum(scales, group);
-        let (scale, minimum) = (d * scale, dmin * minimum);
-        for ((y, &q), &high) in y.iter_mut().zip(&qs[group / 2 * 32..]).zip(qh) {
-            let q = q >> (group % 2 * 4) & 15 | (high >> group & 1) << 4;
-            *y = scale * f32::from(q) - minimum;
+fn q5_k(b: &[u8], out: &mut Codes) {
+    scales_and_minima(b, out);
+    let (qh, qs) = (&b[16..48], &b[48..176]);
+    for (group, codes) in out.codes.chunks_exact_mut(32).enumerate() {
+        for ((c, &q), &high) in codes.iter_mut().zip(&qs[group / 2 * 32..]).zip(qh) {
+            *c = (q >> (group % 2 * 4) & 15 | (high >> group & 1) << 4) as i8;
         }
     }
 }
 
 /// ql:128, qh:64, scales:16 signed, d:f16. Halves of 128 elements use 64 bytes of `ql` and 32 of `qh` each.
-fn q6_k(b: &[u8], y: &mut [f32]) {
+fn q6_k(b: &[u8], out: &mut Codes) {
     let (ql, qh, scales, d) = (&b[..128], &b[128..192], &b[192..208], f16_at(b, 208));
-    for (group, y) in y.chunks_exact_mut(16).enumerate() {
-        let scale = d * f32::from(scales[group] as i8);
-        for (i, y) in y.iter_mut().enumerate() {
-            let i = group * 16 + i;
-            let low = ql[i / 128 * 64 + i % 64] >> (i / 64 % 2 * 4) & 15;
-            *y = scale * (f32::from(low | two_bits(qh, i) << 4) - 32.0);
-        }
+    out.scales.iter_mut().zip(scales).for_each(|(scale, &s)| *scale = d * f32::from(s as i8));
+    for (i, c) in out.codes.iter_mut().enumerate() {
+        let low = ql[i / 128 * 64 + i % 64] >> (i / 64 % 2 * 4) & 15;
+        *c = (low | two_bits(qh, i) << 4) as i8 - 32;
     }
 }

@@ -3,7 +3,20 @@
 use std::ops::Range;
 
 use super::header::TensorInfo;
+use super::quant::Codes;
 use super::source::Source;
+
+/// Rows of a quantized tensor as integers with scales: the value of element i of a row is `scale · code`, or
+/// `scale · code + minimum`, of its group.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct RowCodes {
+    /// (rows, columns).
+    pub codes: Vec<i8>,
+    /// (rows, groups).
+    pub scales: Vec<f32>,
+    /// (rows, groups), empty where the type has no minima.
+    pub minima: Vec<f32>,
+}
 
 /// Bytes of the file held at a time while decoding.
 const CHUNK_BYTES: usize = 1 << 18;
@@ -46,6 +59,49 @@ pub(super) enum Form {
     /// The rows of each of so many heads are interleaved: row `2·j + p` of a head of K rows is row `p·K/2 + j` in
     /// Hugging Face's order, where the two halves are rotated against each other.
     Interleaved(usize),
+}
+
+impl Form {
+    /// Which row of the file a row of Hugging Face's tensor is, if the tensor has `rows` of them.
+    fn source_row(self, row: usize, rows: usize) -> usize {
+        let Form::Interleaved(heads) = self else { return row };
+        let head_rows = rows / heads;
+        let (head, half, j) = (row / head_rows, row % head_rows / (head_rows / 2), row % (head_rows / 2));
+        head * head_rows + 2 * j + half
+    }
+}
+
+/// Takes `rows` of a quantized `tensor` apart: codes (rows, width), and scales and minima (rows, width / group), where
+/// the type has minima.
+pub(super) fn read_codes(
+    source: &Source,
+    tensor: &TensorInfo,
+    form: Form,
+    rows: Range<usize>,
+    out: &mut RowCodes,
+) -> std::io::Result<()> {
+    let Some(packing) = tensor.kind.packing() else { unreachable!("{} has no codes", tensor.kind.name()) };
+    let (block_len, block_bytes) = (tensor.kind.block_len(), tensor.kind.block_bytes());
+    let width: usize = tensor.shape[1..].iter().product();
+    let groups = block_len / packing.format.group;
+    let mut bytes = vec![0; width / block_len * block_bytes];
+    let mut block = Codes::new();
+    out.codes.clear();
+    out.scales.clear();
+    out.minima.clear();
+    for row in rows {
+        let at = form.source_row(row, tensor.shape[0]) * bytes.len();
+        source.read_exact_at(&mut bytes, tensor.start + at as u64)?;
+        for bytes in bytes.chunks_exact(block_bytes) {
+            tensor.kind.take_apart(bytes, &mut block);
+            out.codes.extend_from_slice(&block.codes[..block_len]);
+            out.scales.extend_from_slice(&block.scales[..groups]);
+            if packing.format.mins {
+                out.minima.extend_from_slice(&block.minima[..groups]);
+            }
+        }
+    }
+    Ok(())
 }
 
 /// Writes `rows` of `tensor` to `out`.

@@ -116,12 +116,18 @@ impl Builder {
     }
 
     /// Adds a float32 tensor; `shape` slowest axis first.
-    pub(crate) fn f32(mut self, name: &str, shape: &[u64], values: impl Iterator<Item = f32>) -> Self {
+    pub(crate) fn f32(self, name: &str, shape: &[u64], values: impl Iterator<Item = f32>) -> Self {
+        let bytes: Vec<u8> = values.flat_map(f32::to_le_bytes).collect();
+        assert_eq!(bytes.len() as u64, 4 * shape.iter().product::<u64>());
+        self.tensor(name, shape, 0, &bytes)
+    }
+
+    /// Adds a tensor of any type, by its code.
+    pub(crate) fn tensor(mut self, name: &str, shape: &[u64], kind: u32, bytes: &[u8]) -> Self {
         self.data.resize(self.data.len().next_multiple_of(self.alignment), 0);
         let dims = shape.iter().rev().copied().collect();
-        self.rows.push(Row { name: name.to_owned(), dims, kind: 0, offset: self.data.len() as u64 });
-        self.data.extend(values.flat_map(f32::to_le_bytes));
-        assert_eq!(self.data.len() as u64 - self.rows.last().unwrap().offset, 4 * shape.iter().product::<u64>());
+        self.rows.push(Row { name: name.to_owned(), dims, kind, offset: self.data.len() as u64 });
+        self.data.extend(bytes);
         self
     }
 

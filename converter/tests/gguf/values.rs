@@ -6,15 +6,15 @@ use npyz::npz::NpzArchive;
 use super::builder::Builder;
 use super::data;
 
-fn npz(name: &str) -> NpzArchive<BufReader<std::fs::File>> {
+pub(crate) fn npz(name: &str) -> NpzArchive<BufReader<std::fs::File>> {
     NpzArchive::open(data(name)).unwrap()
 }
 
-fn read<T: npyz::Deserialize>(archive: &mut NpzArchive<BufReader<std::fs::File>>, name: &str) -> Vec<T> {
+pub(crate) fn read<T: npyz::Deserialize>(archive: &mut NpzArchive<BufReader<std::fs::File>>, name: &str) -> Vec<T> {
     archive.by_name(name).unwrap().unwrap_or_else(|| panic!("{name} is not in the archive")).into_vec().unwrap()
 }
 
-fn bits(values: &[f32]) -> Vec<u32> {
+pub(crate) fn bits(values: &[f32]) -> Vec<u32> {
     values.iter().map(|v| if v.is_nan() { f32::NAN.to_bits() } else { v.to_bits() }).collect()
 }
 

@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use crate::support::{Model, convert, encode, export, names, read_tensors};
 
 fn to(dtype: DType) -> ConvertOptions {
-    ConvertOptions { dtype: Some(dtype), ..Default::default() }
+    ConvertOptions { dtype: Some(dtype.into()), ..Default::default() }
 }
 
 #[test]

@@ -101,7 +101,7 @@ fn new_rows_are_the_mean_that_pytorch_computes() {
 fn a_mean_is_rounded_once() {
     let model = Model::small();
     let root = model.folder();
-    let options = ConvertOptions { dtype: Some(DType::BF16), ..to_size(34) };
+    let options = ConvertOptions { dtype: Some(DType::BF16.into()), ..to_size(34) };
     convert(&root, "model", "per-head", &options).expect("valid");
     export(&root, "per-head", "back", &Default::default()).expect("valid");
     let back = read_tensors(&root.path().join("back"));
@@ -272,11 +272,11 @@ fn a_model_with_spare_rows_gives_them_to_new_tokens() {
 fn a_gguf_file_can_be_extended() {
     let root = tempfile::tempdir().expect("a temporary folder");
     fs::copy(data("tiny.gguf"), root.path().join("model.gguf")).expect("there");
-    export(&root, "model.gguf", "plain", &ConvertOptions { dtype: Some(DType::F32), ..Default::default() })
+    export(&root, "model.gguf", "plain", &ConvertOptions { dtype: Some(DType::F32.into()), ..Default::default() })
         .expect("valid");
     let plain = read_tensors(&root.path().join("plain"));
     let size = plain[EMBEDDING].1[0];
-    let options = ConvertOptions { dtype: Some(DType::F32), ..adding("<new>") };
+    let options = ConvertOptions { dtype: Some(DType::F32.into()), ..adding("<new>") };
     convert(&root, "model.gguf", "per-head", &options).expect("valid");
     export(&root, "per-head", "out", &Default::default()).expect("valid");
     let out = read_tensors(&root.path().join("out"));

@@ -1,4 +1,5 @@
-//! Pins that a GGUF file is a checkpoint like any other: the same parameters, in bfloat16 if it is quantized.
+//! Pins that a GGUF file is a checkpoint like any other: the same parameters, and quantized ones as they are stored, or in
+//! bfloat16 where floats are wanted.
 
 use std::fs;
 use std::path::PathBuf;
@@ -40,18 +41,26 @@ fn through_per_head_form_and_directly_the_same_model_comes_out() {
     let root = folder();
     let checkpoint = Checkpoint::open(&root.path().join("model.gguf")).expect("valid");
     assert_eq!(checkpoint.kind(), Kind::Gguf);
-    assert!(checkpoint.params().iter().into_iter().all(|param| param.dtype == DType::BF16));
+    let file = GgufFile::open(&root.path().join("model.gguf")).expect("valid");
+    for param in checkpoint.params().iter() {
+        let kind = file.tensor(&param.pieces[0].name).expect("there").kind();
+        assert_eq!(param.packing, kind.packing(), "{}", param.name);
+        assert_eq!(param.dtype, DType::parse(kind.name()).unwrap_or(DType::BF16), "{}", param.name);
+    }
     assert!(checkpoint.place(&checkpoint.params().embedding).expect("no error").is_none());
     assert!(checkpoint.side_file("tokenizer.json").expect("readable").is_some());
 
     convert(&root, "model.gguf", "per-head", &Default::default()).expect("valid");
     export(&root, "per-head", "through", &Default::default()).expect("valid");
     export(&root, "model.gguf", "direct", &Default::default()).expect("valid");
-    let single = ConvertOptions { dtype: Some(DType::F32), ..Default::default() };
+    let single = ConvertOptions { dtype: Some(DType::F32.into()), ..Default::default() };
     export(&root, "model.gguf", "single", &single).expect("valid");
     assert_exported(&root, "through", DType::BF16);
     assert_exported(&root, "direct", DType::BF16);
     assert_exported(&root, "single", DType::F32);
+    let wide = ConvertOptions { dtype: Some(DType::F32.into()), ..Default::default() };
+    export(&root, "per-head", "exact", &wide).expect("valid");
+    assert_exported(&root, "exact", DType::F32);
     let files = names(&root.path().join("per-head"));
     for name in ["tokenizer.json", "tokenizer_config.json", "generation_config.json", "params.safetensors"] {
         assert!(files.contains(&name.to_string()), "{files:?}");

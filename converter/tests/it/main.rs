@@ -4,6 +4,7 @@ mod conversion;
 mod extend;
 mod gguf;
 mod layout;
+mod packed;
 mod parts;
 mod round_trip;
 mod strictness;

@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 
-use converter::{Checkpoint, ConvertOptions, DType, Extension, FileBytes, HostArray, Param};
+use converter::{Checkpoint, ConvertOptions, DType, Extension, FileBytes, HostArray, Param, Precision};
 use ndarray::{ArrayD, IxDyn, Slice};
 use proptest::prelude::*;
 use proptest::sample::Index;
@@ -42,17 +42,19 @@ fn whole_norms() -> Value {
 }
 
 /// A folder with the model in Hugging Face's form and per head, each in one file (`model`, `per-head`) and in several
-/// (`model-files`, `per-head-files`).
+/// (`model-files`, `per-head-files`), and packed in several (`packed-files`).
 fn folders(model: &Model) -> TempDir {
     let root = model.folder();
     let several = ConvertOptions { shard_size: Some(3000), ..Default::default() };
     convert(&root, "model", "per-head", &Default::default()).expect("valid");
     convert(&root, "model", "per-head-files", &several).expect("valid");
     export(&root, "model", "model-files", &several).expect("valid");
+    let packed = ConvertOptions { dtype: Some(Precision::Int4), ..several };
+    convert(&root, "model", "packed-files", &packed).expect("valid");
     root
 }
 
-const FOLDERS: [&str; 4] = ["model", "model-files", "per-head", "per-head-files"];
+const FOLDERS: [&str; 5] = ["model", "model-files", "per-head", "per-head-files", "packed-files"];
 
 fn open(root: &TempDir, folder: &str) -> Checkpoint {
     Checkpoint::open(&root.path().join(folder)).expect("valid")

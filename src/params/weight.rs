@@ -1,0 +1,166 @@
+//! A parameter in the graph: floats, or integer codes with scales.
+
+use kernels::packed::{BLOCK, Bits, Format};
+use xla::DType;
+use xla::graph::Tensor;
+
+/// A parameter as the model reads it.
+#[derive(Clone, Debug)]
+pub enum Weight {
+    /// All axes, in a float type.
+    Float(Tensor),
+    /// A matrix of integers.
+    Packed(Packed),
+}
+
+/// A matrix of integer codes with a scale, and maybe a minimum, for each group of contracted terms: [`kernels::packed`].
+#[derive(Clone, Debug)]
+pub struct Packed {
+    /// Bits of a code, terms of a group, and whether groups have minima.
+    pub format: Format,
+    /// The shape as floats.
+    pub shape: Vec<usize>,
+    /// Whether the outputs come first, as in the embedding (V, M), which is contracted over M as the head.
+    pub transposed: bool,
+    /// K, contracted terms.
+    pub k: usize,
+    /// N, outputs.
+    pub n: usize,
+    /// Codes, scales and, where there are any, minima, with the experts as a first axis where there are any.
+    pub arrays: Vec<Tensor>,
+}
+
+impl Weight {
+    /// Its arguments of the graph.
+    pub fn tensors(&self) -> Vec<&Tensor> {
+        match self {
+            Weight::Float(tensor) => vec![tensor],
+            Weight::Packed(packed) => packed.arrays.iter().collect(),
+        }
+    }
+
+    /// The same weight made of other tensors: `next` gives as many as [`Weight::tensors`] has.
+    pub fn with(&self, mut next: impl FnMut() -> Tensor) -> Weight {
+        match self {
+            Weight::Float(_) => Weight::Float(next()),
+            Weight::Packed(packed) => {
+                let arrays = packed.arrays.iter().map(|_| next()).collect();
+                Weight::Packed(Packed { arrays, ..packed.clone() })
+            }
+        }
+    }
+
+    /// It as integers, if that is what it is.
+    pub fn packed(&self) -> Option<&Packed> {
+        match self {
+            Weight::Float(_) => None,
+            Weight::Packed(packed) => Some(packed),
+        }
+    }
+
+    /// Its shape as floats.
+    pub fn shape(&self) -> &[usize] {
+        match self {
+            Weight::Float(tensor) => tensor.shape(),
+            Weight::Packed(packed) => &packed.shape,
+        }
+    }
+
+    /// The type of the numbers that it is multiplied with.
+    pub fn dtype(&self) -> DType {
+        match self {
+            Weight::Float(tensor) => tensor.dtype(),
+            Weight::Packed(_) => DType::F32,
+        }
+    }
+
+    /// It as floats, with all axes.
+    #[track_caller]
+    pub fn float(&self) -> Tensor {
+        match self {
+            Weight::Float(tensor) => tensor.clone(),
+            Weight::Packed(packed) => packed.unpack(),
+        }
+    }
+}
+
+impl Packed {
+    /// The values, f32, in the shape of the floats.
+    #[track_caller]
+    pub fn unpack(&self) -> Tensor {
+        let Packed { k, n, .. } = *self;
+        let experts: Vec<usize> = self.shape[..self.arrays[0].rank() - 3].to_vec();
+        let one = |arrays: &[Tensor]| {
+            let [codes, scales, mins @ ..] = arrays else { unreachable!("codes and scales") };
+            let values = codes_of(self.format, codes).cast(DType::F32);
+            // (K/g, N/16·16) to (K/g, g, N/16·16)
+            let wide = |x: &Tensor| by_group(x).broadcast(values.shape(), &[0, 2]);
+            let values = match mins {
+                [mins] => &values * wide(scales) + wide(mins),
+                _ => &values * wide(scales),
+            };
+            let [groups, g, outputs] = [0, 1, 2].map(|axis| values.dim(axis));
+            let values = values.reshape(&[groups * g, outputs]).narrow(0, 0, k).narrow(1, 0, n);
+            if self.transposed { values.transpose(&[1, 0]) } else { values }
+        };
+        let values = match experts[..] {
+            [] => one(&self.arrays),
+            _ => {
+                let of = |e: usize| {
+                    let own = |x: &Tensor| x.narrow(0, e, 1).reshape(&x.shape()[1..]);
+                    one(&self.arrays.iter().map(own).collect::<Vec<_>>()).expand_dims(0)
+                };
+                let all: Vec<Tensor> = (0..experts[0]).map(of).collect();
+                all[0].graph().concatenate(&all.iter().collect::<Vec<_>>(), 0)
+            }
+        };
+        values.reshape(&self.shape)
+    }
+
+    /// x (rows, K) f32 times the weight, (rows, N) f32, with x rounded to 8 bits: in each group of terms of a row
+    /// q = round(127·x / max|x|), and y = Σ over groups of scale · (max|x| / 127) · Σ q·code, plus min · (max|x| / 127) · Σ q.
+    #[track_caller]
+    pub fn product(&self, x: &Tensor) -> Tensor {
+        let [codes, scales, mins @ ..] = &self.arrays[..] else { unreachable!("codes and scales") };
+        let codes = codes_of(self.format, codes).cast(DType::F32);
+        let [groups, terms, _] = [0, 1, 2].map(|axis| codes.dim(axis));
+        let rows = x.dim(0);
+        let padding = (groups * terms - self.k) as i64;
+        let x = x.pad(0.0, &[0, 0], &[0, padding], &[0, 0]).reshape(&[rows, groups, terms]);
+        let step = x.abs().max_keep(&[2]) / 127.0;
+        let divisor = step.gt(0.0).select(&step, 1.0);
+        let q = (&x / divisor.broadcast_to(x.shape())).round();
+        // Sums of up to 32 products of 8-bit integers are exact in f32.
+        let dots = xla::graph::einsum_as("RGT,GTN->GRN", &q, &codes, DType::F32);
+        let step = step.transpose(&[1, 0, 2]);
+        let wide = |x: &Tensor| by_group(x).broadcast(dots.shape(), &[0, 2]);
+        let mut y = &dots * wide(scales);
+        if let [mins] = mins {
+            let sums = q.sum_keep(&[2]).transpose(&[1, 0, 2]);
+            y = y + wide(mins) * sums.broadcast_to(dots.shape());
+        }
+        (y * step.broadcast_to(dots.shape())).sum(&[0]).narrow(1, 0, self.n)
+    }
+}
+
+/// Codes (N/16, K/g, bytes) as (K/g, g, N/16·16), i32.
+#[track_caller]
+fn codes_of(format: Format, packed: &Tensor) -> Tensor {
+    let g = packed.graph();
+    let (blocks, groups) = (packed.dim(0), packed.dim(1));
+    let quads = packed.dim(2) / (4 * BLOCK);
+    let bytes = packed.reshape(&[blocks, groups, quads, BLOCK, 4]).cast(DType::I32);
+    let codes = match format.bits {
+        Bits::Eight => bytes,
+        Bits::Four => g.concatenate(&[&(&bytes % 16i64), &(&bytes / 16i64)], 2),
+    };
+    let codes = codes - i64::from(format.bias());
+    codes.transpose(&[1, 2, 4, 0, 3]).reshape(&[groups, format.group, blocks * BLOCK])
+}
+
+/// Scales or minima (N/16, K/g, 16) as (K/g, N/16·16), f32.
+#[track_caller]
+fn by_group(scales: &Tensor) -> Tensor {
+    let (blocks, groups) = (scales.dim(0), scales.dim(1));
+    scales.cast(DType::F32).transpose(&[1, 0, 2]).reshape(&[groups, blocks * BLOCK])
+}

@@ -1,0 +1,71 @@
+//! The kernels as XLA's custom calls: each handler reads a frame, and the crate `kernels` computes.
+
+mod attention;
+mod linear;
+mod norm;
+mod profile;
+mod sample;
+
+pub use profile::{KernelCall, kernel_calls};
+
+use kernels::Pool;
+use xla::pjrt::{CallFrame, Error, FfiError, Handler, Plugin, ThreadPool};
+
+use crate::generation::sampling::ARGMAX;
+use crate::model::{ATTEND, ATTENTION_STEP, GATED, LINEAR, RMS_NORM, TAKE_ROWS};
+
+/// The names of all.
+const ALL: &[&str] = &[LINEAR, GATED, TAKE_ROWS, RMS_NORM, ATTEND, ATTENTION_STEP, ARGMAX];
+
+/// Makes the kernels known to a CPU plugin and gives their names: none where the plugin does not take handlers.
+pub fn register(plugin: &Plugin) -> &'static [&'static str] {
+    fn host<H: Handler>(plugin: &Plugin) -> Result<(), Error> {
+        plugin.register_handler::<profile::Noted<H>>("Host")
+    }
+    let handlers = [
+        host::<linear::Linear>,
+        host::<linear::Gated>,
+        host::<linear::TakeRows>,
+        host::<norm::RmsNorm>,
+        host::<attention::Attend>,
+        host::<attention::AttentionStep>,
+        host::<sample::Argmax>,
+    ];
+    match handlers.iter().try_for_each(|register| register(plugin)) {
+        Ok(()) => ALL,
+        Err(error) => {
+            tracing::info!("no kernels: {error}");
+            &[]
+        }
+    }
+}
+
+/// XLA's threads as kernels use them.
+struct XlaPool<'a> {
+    pool: ThreadPool<'a>,
+    threads: usize,
+}
+
+impl<'a> XlaPool<'a> {
+    fn new(frame: &CallFrame<'a>) -> XlaPool<'a> {
+        let pool = frame.thread_pool();
+        XlaPool { pool, threads: pool.num_threads().unwrap_or(1).max(1) }
+    }
+}
+
+impl Pool for XlaPool<'_> {
+    fn threads(&self) -> usize {
+        self.threads
+    }
+
+    fn run(&self, chunks: usize, f: &(dyn Fn(usize) + Sync)) {
+        // The caller of the handler turns a panic into an error of the execution.
+        self.pool.for_each(chunks, f).unwrap_or_else(|error| panic!("{error}"));
+    }
+}
+
+/// Number `axis` of an array's sizes.
+fn size(dims: &[i64], axis: usize, what: &str) -> Result<usize, FfiError> {
+    let size = dims.get(axis).and_then(|&n| usize::try_from(n).ok());
+    size.ok_or_else(|| FfiError::invalid(format!("{what}: an axis {axis} required, found {dims:?}")))
+}

@@ -1,0 +1,119 @@
+//! Products with weights, floats or packed.
+
+use kernels::Isa;
+use kernels::linear::{Activation, Linear as Matrix, Order, Values, Weight, gated, linear, take_rows};
+use kernels::packed::{Bits, Packed, Scales};
+use xla::DType;
+use xla::pjrt::{CallFrame, FfiError, Handler};
+
+use super::{XlaPool, size};
+use crate::model::{GATED, LINEAR, TAKE_ROWS};
+
+/// [`LINEAR`].
+pub(super) struct Linear;
+
+impl Handler for Linear {
+    const NAME: &'static str = LINEAR;
+
+    fn call(frame: &mut CallFrame<'_>) -> Result<(), FfiError> {
+        let order = if frame.attribute("transposed")? { Order::Nk } else { Order::Kn };
+        let results = frame.num_results();
+        let n = |i| size(frame.result_array(i)?.dims(), 1, "result");
+        let n: Vec<usize> = (0..results).map(n).collect::<Result<_, _>>()?;
+        let (x, rows, k) = input(frame)?;
+        let weights = weights(frame, k, &n, order)?;
+        let mut out: Vec<&mut [f32]> = (0..results).map(|i| frame.result(i)).collect::<Result<_, _>>()?;
+        linear(Isa::detected(), &XlaPool::new(frame), x, rows, &weights, None, &mut out);
+        Ok(())
+    }
+}
+
+/// [`GATED`].
+pub(super) struct Gated;
+
+impl Handler for Gated {
+    const NAME: &'static str = GATED;
+
+    fn call(frame: &mut CallFrame<'_>) -> Result<(), FfiError> {
+        let activation = match frame.attribute("activation")? {
+            "silu" => Activation::Silu,
+            "gelu" => Activation::Gelu,
+            "gelu_tanh" => Activation::GeluTanh,
+            "relu" => Activation::Relu,
+            other => return Err(FfiError::invalid(format!("unknown activation {other:?}"))),
+        };
+        let n = size(frame.result_array(0)?.dims(), 1, "result")?;
+        let (x, rows, k) = input(frame)?;
+        let weights = weights(frame, k, &[n, n], Order::Kn)?;
+        let out = frame.result(0)?;
+        gated(Isa::detected(), &XlaPool::new(frame), x, rows, &weights[0], &weights[1], activation, out);
+        Ok(())
+    }
+}
+
+/// [`TAKE_ROWS`].
+pub(super) struct TakeRows;
+
+impl Handler for TakeRows {
+    const NAME: &'static str = TAKE_ROWS;
+
+    fn call(frame: &mut CallFrame<'_>) -> Result<(), FfiError> {
+        let k = size(frame.result_array(0)?.dims(), 1, "result")?;
+        // (V, M), or codes (V/16, M/g, bytes), whose padding counts as rows here: no id is as large.
+        let table = frame.arg_array(1)?.dims();
+        let n = size(table, 0, "the table")? * if table.len() == 3 { kernels::packed::BLOCK } else { 1 };
+        let table = weights(frame, k, &[n], Order::Nk)?;
+        take_rows(&table[0], frame.arg(0)?, frame.result(0)?);
+        Ok(())
+    }
+}
+
+/// x (rows, K).
+fn input<'a>(frame: &CallFrame<'a>) -> Result<(&'a [f32], usize, usize), FfiError> {
+    let dims = frame.arg_array(0)?.dims();
+    Ok((frame.arg(0)?, size(dims, 0, "x")?, size(dims, 1, "x")?))
+}
+
+/// The weights behind the first argument, which contract `k` terms into `n` outputs each, as the attributes `groups` and
+/// `mins` say.
+fn weights<'a>(frame: &CallFrame<'a>, k: usize, n: &[usize], order: Order) -> Result<Vec<Matrix<'a>>, FfiError> {
+    let (groups, mins): (&[i64], &[i64]) = (frame.attribute("groups")?, frame.attribute("mins")?);
+    if groups.len() != n.len() || mins.len() != n.len() {
+        let found = format!("{} weights required, found {} groups and {} mins", n.len(), groups.len(), mins.len());
+        return Err(FfiError::invalid(found));
+    }
+    let mut next = 1..;
+    let mut next = || next.next().unwrap_or_default();
+    let one = |((&n, &group), &mins): ((&usize, &i64), &i64)| {
+        let weight = match usize::try_from(group).unwrap_or(0) {
+            0 => Weight::Rows { values: values(frame, next())?, order },
+            group => {
+                let i = next();
+                let bytes = size(frame.arg_array(i)?.dims(), 2, "codes")?;
+                let bits = if bytes == group * kernels::packed::BLOCK { Bits::Eight } else { Bits::Four };
+                let (q, scales) = (frame.arg(i)?, scales(frame, next())?);
+                let mins = if mins == 0 { None } else { Some(self::scales(frame, next())?) };
+                Weight::Packed(Packed { bits, group, q, scales, mins })
+            }
+        };
+        Ok(Matrix { weight, k, n })
+    };
+    n.iter().zip(groups).zip(mins).map(one).collect()
+}
+
+fn values<'a>(frame: &CallFrame<'a>, i: usize) -> Result<Values<'a>, FfiError> {
+    Ok(match frame.arg_array(i)?.dtype()? {
+        DType::F32 => Values::F32(frame.arg(i)?),
+        DType::BF16 => Values::Bf16(frame.arg(i)?),
+        DType::F16 => Values::F16(frame.arg(i)?),
+        other => return Err(FfiError::invalid(format!("weight {i}: f32, bf16 or f16 required, found {other}"))),
+    })
+}
+
+fn scales<'a>(frame: &CallFrame<'a>, i: usize) -> Result<Scales<'a>, FfiError> {
+    Ok(match frame.arg_array(i)?.dtype()? {
+        DType::F16 => Scales::F16(frame.arg(i)?),
+        DType::F32 => Scales::F32(frame.arg(i)?),
+        other => return Err(FfiError::invalid(format!("scales {i}: f16 or f32 required, found {other}"))),
+    })
+}
