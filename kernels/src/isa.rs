@@ -68,39 +68,7 @@ macro_rules! dispatch {
                     || $body,
                 )
             }
-            #[cfg(target_arch = "x86_64")]
-            $crate::Isa::Avx512 => {
-                let $simd = $crate::simd::Avx512::<false>::detect().unwrap_or_else(|| isa.absent());
-                $simd.vectorize(
-                    #[inline(always)]
-                    || $body,
-                )
-            }
-            #[cfg(target_arch = "x86_64")]
-            $crate::Isa::Avx2 => {
-                let $simd = $crate::simd::Avx2::detect().unwrap_or_else(|| isa.absent());
-                $simd.vectorize(
-                    #[inline(always)]
-                    || $body,
-                )
-            }
-            #[cfg(target_arch = "aarch64")]
-            $crate::Isa::Neon => {
-                let $simd = $crate::simd::Neon::detect().unwrap_or_else(|| isa.absent());
-                $simd.vectorize(
-                    #[inline(always)]
-                    || $body,
-                )
-            }
-            $crate::Isa::Portable => {
-                let $simd = $crate::simd::Portable;
-                $simd.vectorize(
-                    #[inline(always)]
-                    || $body,
-                )
-            }
-            #[allow(unreachable_patterns)]
-            _ => isa.absent(),
+            isa => dispatch_floats!(isa, |$simd| $body),
         }
     }};
 }

@@ -115,18 +115,29 @@ impl Args {
 
     /// Prefill of a fixed pseudo-text, then greedy decoding.
     fn once(&self, engine: &Engine) -> anyhow::Result<Run> {
-        let vocab = engine.config().vocab_size as u64;
-        let prompt: Vec<u32> = (0..self.prompt_tokens as u64).map(|i| ((i * 7919 + 13) % vocab) as u32).collect();
+        let prompt = self.prompt(engine);
         let mut session = Session::new(engine, 1, self.prompt_tokens + self.gen_tokens)?;
         engine.prepare(&session.programs(prompt.len(), SamplingOptions::default().spec()))?;
         let started = Instant::now();
         session.prefill(&[prompt], &[SamplingOptions::default()], None)?;
-        let ids =
-            |read: TokenRead| Ok::<_, Error>(read.wait()?.into_iter().map(|drawn| drawn.id).collect::<Vec<u32>>());
         let mut tokens = ids(session.read_tokens()?)?;
         let prefill = self.prompt_tokens as f64 / started.elapsed().as_secs_f64();
 
         let started = Instant::now();
+        tokens.extend(self.decode(&mut session)?);
+        let decode = self.gen_tokens as f64 / started.elapsed().as_secs_f64();
+        Ok(Run { prefill, decode, tokens })
+    }
+
+    /// A fixed pseudo-text.
+    fn prompt(&self, engine: &Engine) -> Vec<u32> {
+        let vocab = engine.config().vocab_size as u64;
+        (0..self.prompt_tokens as u64).map(|i| ((i * 7919 + 13) % vocab) as u32).collect()
+    }
+
+    /// Decodes after a prefill; the next step is on its way before a token is read.
+    fn decode(&self, session: &mut Session<'_>) -> anyhow::Result<Vec<u32>> {
+        let mut tokens = Vec::with_capacity(self.gen_tokens);
         session.decode()?;
         for i in 0..self.gen_tokens {
             let read = session.read_tokens()?;
@@ -135,28 +146,15 @@ impl Args {
             }
             tokens.extend(ids(read)?);
         }
-        let decode = self.gen_tokens as f64 / started.elapsed().as_secs_f64();
-        Ok(Run { prefill, decode, tokens })
+        Ok(tokens)
     }
 
     /// Decodes once more with an eye on the kernels.
     fn profile(&self, engine: &Engine) -> anyhow::Result<Profile> {
-        let vocab = engine.config().vocab_size as u64;
-        let prompt: Vec<u32> = (0..self.prompt_tokens as u64).map(|i| ((i * 7919 + 13) % vocab) as u32).collect();
         let mut session = Session::new(engine, 1, self.prompt_tokens + self.gen_tokens)?;
-        session.prefill(&[prompt], &[SamplingOptions::default()], None)?;
+        session.prefill(&[self.prompt(engine)], &[SamplingOptions::default()], None)?;
         session.read_tokens()?.wait()?;
-        let (decoded, calls) = kernel_calls(|| -> anyhow::Result<()> {
-            session.decode()?;
-            for i in 0..self.gen_tokens {
-                let read = session.read_tokens()?;
-                if i + 1 < self.gen_tokens {
-                    session.decode()?;
-                }
-                read.wait()?;
-            }
-            Ok(())
-        });
+        let (decoded, calls) = kernel_calls(|| self.decode(&mut session));
         decoded?;
         Ok(Profile::of(&calls, self.gen_tokens))
     }
@@ -174,6 +172,11 @@ impl Args {
         }
         Ok(ExitCode::SUCCESS)
     }
+}
+
+/// The tokens of a step, one for each slot.
+fn ids(read: TokenRead) -> Result<Vec<u32>, Error> {
+    Ok(read.wait()?.into_iter().map(|drawn| drawn.id).collect())
 }
 
 struct Spread {

@@ -1,7 +1,7 @@
 //! A projection: weights in their own dtype, accumulation and result in f32.
 
 use xla::DType;
-use xla::graph::{Attr, Kernel, Platform, Tensor, einsum_as};
+use xla::graph::{Attr, Graph, Kernel, Platform, Tensor, einsum_as};
 
 use super::pieces;
 use super::rows::{TPU_ROWS, pad};
@@ -134,11 +134,16 @@ fn contracted_of(equation: &str, rank: usize) -> usize {
     rank - (equation.len() - equation.rfind('>').map_or(0, |at| at + 3)).min(rank)
 }
 
+/// Devices that share a logical axis.
+fn devices(g: &Graph, logical: &str) -> usize {
+    g.mesh_axes(logical).iter().map(|axis| g.devices_along(axis)).product()
+}
+
 /// `einsum(equation, x, weight)` in f32 for `x` (B, S, …), as a TPU reads large weights best.
 #[track_caller]
 pub(super) fn product(equation: &str, x: &Tensor, weight: &Tensor) -> Tensor {
     let g = x.graph();
-    let devices = |logical: &str| g.mesh_axes(logical).iter().map(|axis| g.devices_along(axis)).product::<usize>();
+    let devices = |logical: &str| devices(g, logical);
     let of_letter = |letter: char| match letter {
         'V' => devices("vocab"),
         'F' => devices("mlp"),
@@ -163,7 +168,7 @@ pub(super) fn all_rows(x: &Tensor) -> Tensor {
 #[track_caller]
 pub(super) fn in_rows(x: &Tensor, product: impl FnOnce(&Tensor) -> Tensor) -> Tensor {
     let g = x.graph();
-    let devices = |logical: &str| g.mesh_axes(logical).iter().map(|axis| g.devices_along(axis)).product::<usize>();
+    let devices = |logical: &str| devices(g, logical);
     let (s, slots) = (x.dim(1), x.dim(0) / devices("batch"));
     let rows = TPU_ROWS.div_ceil(slots) * devices("sequence");
     if g.platform() != Platform::Tpu || s >= rows {

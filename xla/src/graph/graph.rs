@@ -172,12 +172,14 @@ impl Graph {
         !self.0.borrow().no_manual
     }
 
-    pub(crate) fn set_kernel_names(&self, names: Vec<&'static str>) {
-        self.0.borrow_mut().kernels = names;
+    /// Says which kernels the plugin knows; none at first.
+    pub fn set_kernels(&self, names: &[&'static str]) {
+        self.0.borrow_mut().kernels = names.to_vec();
     }
 
-    pub(crate) fn kernel_names(&self) -> Vec<&'static str> {
-        self.0.borrow().kernels.clone()
+    /// True where calls of `name` go to a kernel.
+    pub fn has_kernel(&self, name: &str) -> bool {
+        self.0.borrow().kernels.contains(&name)
     }
 
     /// The mesh in use.

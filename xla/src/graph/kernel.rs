@@ -37,16 +37,6 @@ impl Kernel {
 }
 
 impl Graph {
-    /// Says which kernels the plugin knows; none at first.
-    pub fn set_kernels(&self, names: &[&'static str]) {
-        self.set_kernel_names(names.to_vec());
-    }
-
-    /// True where calls of `name` go to a kernel.
-    pub fn has_kernel(&self, name: &str) -> bool {
-        self.kernel_names().contains(&name)
-    }
-
     /// What `definition` computes of `inputs`: by the kernel where the plugin knows it, else by the definition, in line.
     /// The definition sees only its arguments.
     #[track_caller]
