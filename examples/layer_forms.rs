@@ -13,11 +13,11 @@ use std::time::Instant;
 
 use anyhow::{Context as _, bail, ensure};
 use xla::DType;
-use xla::graph::{Arg, ArgAttrs, Emission, Graph, Module, Platform, Tensor};
+use xla::graph::{Arg, ArgAttrs, Graph, Module, Platform, Tensor};
 use xla::hlo;
 use xla::pjrt::{Buffer, Client, CompileOptions, HostData, LoadedExecutable, OptionOverride};
 use xla::wheel::{FetchOptions, PluginKind};
-use xllama::compile::{Job, Machine, Step, Target, mesh_for, presets};
+use xllama::compile::{Machine, Step, Target, mesh_for, presets};
 use xllama::config::ModelConfig;
 use xllama::kv_cache::{KvCache, LayerCache, Place};
 use xllama::model::{self, LayerInput, Rope};
@@ -167,12 +167,8 @@ fn text(
 ) -> anyhow::Result<(Module, String, CompileOptions)> {
     let params = &Llama::declare(cfg);
     let Args { step, batch, len, dtype, .. } = *args;
-    let (cache, partitioner) = (CacheOptions::default(), Emission::Shardy);
-    let model = args.model.as_str();
-    let kernels = &[];
-    let job = Job { model, cfg, params, dtype, step, batch, len, cache, mesh, partitioner, platform, kernels };
     let model = Blueprint::new(cfg, params, dtype, mesh, platform)?;
-    let spec = StepSpec::alone(step.tokens(), job.cache_shape(), &model);
+    let spec = StepSpec::alone(step.tokens(), model.cache_shape(&CacheOptions::default(), batch, len), &model);
     let module = build(form, &spec, &model)?;
     let mut options = model.compile_options();
     options.env_options.extend(args.options.iter().cloned());
@@ -227,8 +223,8 @@ fn build(form: Form, spec: &StepSpec, model: &Blueprint) -> anyhow::Result<Modul
     }
     g.inline_calls(form == Form::Unrolled);
     let p = match form {
-        Form::Loop => params::declare_args(&g, &stacked(&model.params), model.dtype),
-        _ => params::declare_args(&g, &model.params, model.dtype),
+        Form::Loop => params::declare_args(&g, &stacked(&model.params), model.devices()),
+        _ => params::declare_args(&g, &model.params, model.devices()),
     };
     let cache = match form {
         Form::Loop => stacked_cache(&g, spec, cfg),

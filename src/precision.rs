@@ -41,6 +41,14 @@ impl Precision {
         }
     }
 
+    /// `int8`, `int4`, or the float type where nothing is packed that is not stored so.
+    pub fn name(&self) -> &'static str {
+        match self.integers {
+            Integers::All(packing) => packing.name(),
+            Integers::No | Integers::AsStored => self.dtype.name(),
+        }
+    }
+
     /// How a parameter is packed when it is run, if it is.
     pub fn packing(&self, param: &Param) -> Option<Packing> {
         match self.integers {

@@ -559,10 +559,26 @@ impl Param {
     /// choose, and a gate with one output. Hugging Face's form has the outputs as rows and the terms as columns.
     pub fn contraction(&self) -> Option<Contraction> {
         let per_expert = self.pattern.starts_with("E:");
-        let stored = self.pattern.trim_start_matches("E:").split_once("->").map_or(self.pattern, |(stored, _)| stored);
+        let stored = self.stored();
         let matrix = stored_axes(stored).len() == 2 && !stored.starts_with(['1', 'E']) && !self.precise;
         let piece = self.pieces.first().filter(|_| matrix)?;
         Some(Contraction { experts: per_expert.then_some(self.pieces.len()), k: piece.columns(), n: piece.rows })
+    }
+
+    /// The last axis that is contracted, along which the terms of a group of a packed parameter follow each other.
+    pub fn group_axis(&self) -> Option<usize> {
+        self.contraction()?;
+        self.axes.find(self.contracted_axes().chars().next_back()?)
+    }
+
+    /// The letters of the axes that are contracted.
+    pub fn contracted_axes(&self) -> &'static str {
+        stored_axes(self.stored()).last().copied().unwrap_or_default()
+    }
+
+    /// The axes of a piece as Hugging Face has it.
+    fn stored(&self) -> &'static str {
+        self.pattern.trim_start_matches("E:").split_once("->").map_or(self.pattern, |(stored, _)| stored)
     }
 
     /// Bytes that it takes as it is stored.
@@ -580,7 +596,6 @@ impl Param {
 
     /// Where Hugging Face's shape comes from, for messages: `9 heads × 64, hidden 576`.
     pub fn arithmetic(&self, cfg: &ModelConfig) -> String {
-        let stored = self.pattern.trim_start_matches("E:").split_once("->").map_or(self.pattern, |(stored, _)| stored);
         let size = |a: char| match self.axes.find(a) {
             Some(at) => self.shape[at],
             None => 1,
@@ -591,7 +606,7 @@ impl Param {
             [a, b] => format!("{} {} × {}", size(a), cfg.axis(a).noun, size(b)),
             _ => group.to_string(),
         };
-        let axes = stored_axes(stored).into_iter().map(axis).collect::<Vec<_>>().join(", ");
+        let axes = stored_axes(self.stored()).into_iter().map(axis).collect::<Vec<_>>().join(", ");
         match self.pieces[0].shape[0] == self.pieces[0].rows {
             true => axes,
             false => format!("rows {} on: {axes}", self.pieces[0].first_row),
@@ -633,6 +648,8 @@ mod tests {
         assert_eq!((of(&attention.out_proj), of(&p.embedding)), (Some((48, 20)), Some((20, 33))));
         assert_eq!(p.lm_head.as_ref().map(of), Some(Some((20, 33))));
         assert_eq!((of(&p.final_norm), attention.q_bias.as_ref().and_then(of)), (None, None));
+        let axes = [&attention.q_proj, &attention.out_proj, &p.embedding, &p.final_norm].map(Param::group_axis);
+        assert_eq!(axes, [Some(0), Some(1), Some(1), None]);
     }
 
     #[test]

@@ -6,6 +6,7 @@
 #[macro_use]
 mod isa;
 pub mod attention;
+pub mod experts;
 pub mod linear;
 mod norm;
 pub mod packed;

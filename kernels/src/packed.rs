@@ -64,13 +64,30 @@ impl Format {
         }
     }
 
-    /// Where term `i` of a group stands for output `lane` of a block: byte, and the bit that it starts at.
-    fn place(self, i: usize, lane: usize) -> (usize, u32) {
-        let half = self.group / 2;
-        match self.bits {
-            Bits::Eight => (i / 4 * 64 + lane * 4 + i % 4, 0),
-            Bits::Four => (i % half / 4 * 64 + lane * 4 + i % 4, if i < half { 0 } else { 4 }),
-        }
+    /// Where the code of term `k` of output `n` of a weight of `terms` terms stands: byte `term(k).0 + output(n, terms)`, and there
+    /// the bits from `term(k).1` on.
+    pub fn term(self, k: usize) -> (usize, u32) {
+        let (i, half) = (k % self.group, self.group / 2);
+        let (byte, bit) = match self.bits {
+            Bits::Eight => (i / 4 * 64 + i % 4, 0),
+            Bits::Four => (i % half / 4 * 64 + i % 4, if i < half { 0 } else { 4 }),
+        };
+        (k / self.group * self.group_bytes() + byte, bit)
+    }
+
+    /// The part of [`Self::term`]'s sum that an output adds.
+    pub fn output(self, n: usize, terms: usize) -> usize {
+        n / BLOCK * terms.div_ceil(self.group) * self.group_bytes() + n % BLOCK * 4
+    }
+
+    /// Where the scale of group `group` of output `n` of a weight of `terms` terms stands.
+    pub fn scale(self, group: usize, n: usize, terms: usize) -> usize {
+        (n / BLOCK * terms.div_ceil(self.group) + group) * BLOCK + n % BLOCK
+    }
+
+    /// The code in the bits from `bit` on.
+    pub fn code(self, byte: u8, bit: u32) -> i8 {
+        (i32::from(byte >> bit & self.mask()) - self.bias()) as i8
     }
 
     fn mask(self) -> u8 {
@@ -92,6 +109,21 @@ pub enum Scales<'a> {
     F16(&'a [f16]),
     #[allow(missing_docs)]
     F32(&'a [f32]),
+}
+
+impl<'a> Scales<'a> {
+    fn part(self, i: usize, count: usize) -> Scales<'a> {
+        match self {
+            Scales::F16(values) => Scales::F16(part(values, i, count)),
+            Scales::F32(values) => Scales::F32(part(values, i, count)),
+        }
+    }
+}
+
+/// Part `i` of `count` of equal length.
+pub(crate) fn part<T>(values: &[T], i: usize, count: usize) -> &[T] {
+    let length = values.len() / count;
+    &values[i * length..][..length]
 }
 
 impl Scales<'_> {
@@ -128,6 +160,17 @@ pub struct Packed<'a> {
     pub mins: Option<Scales<'a>>,
 }
 
+impl<'a> Packed<'a> {
+    pub(crate) fn part(&self, i: usize, count: usize) -> Packed<'a> {
+        Packed {
+            q: part(self.q, i, count),
+            scales: self.scales.part(i, count),
+            mins: self.mins.map(|mins| mins.part(i, count)),
+            ..*self
+        }
+    }
+}
+
 impl Packed<'_> {
     /// How the weight is packed.
     pub fn format(&self) -> Format {
@@ -159,16 +202,13 @@ impl Packed<'_> {
     /// If there is no such output, or `out` is longer than the padded terms. Takes the arrays to be [`Self::check`]ed.
     pub fn unpack_output(&self, k: usize, n: usize, out: &mut [f32]) {
         let format = self.format();
-        let (groups, bytes) = (k.div_ceil(self.group), format.group_bytes());
-        let (block, lane) = (n / BLOCK, n % BLOCK);
+        let output = format.output(n, k);
         for (g, out) in out.chunks_mut(self.group).enumerate() {
-            let at = block * groups + g;
-            let q = &self.q[at * bytes..][..bytes];
-            let scale = self.scales.get(at * BLOCK + lane);
-            let min = self.mins.map(|mins| mins.get(at * BLOCK + lane));
+            let at = format.scale(g, n, k);
+            let (scale, min) = (self.scales.get(at), self.mins.map(|mins| mins.get(at)));
             for (i, out) in out.iter_mut().enumerate() {
-                let (byte, bit) = format.place(i, lane);
-                let code = (i32::from(q[byte] >> bit & format.mask()) - format.bias()) as f32;
+                let (byte, bit) = format.term(g * self.group + i);
+                let code = f32::from(format.code(self.q[output + byte], bit));
                 *out = min.map_or(scale * code, |min| scale * code + min);
             }
         }
@@ -204,12 +244,13 @@ pub fn pack_codes(format: Format, k: usize, n: usize, codes: &[i8], q: &mut [u8]
         Bits::Four => zero | zero << 4,
     });
     for (n, codes) in codes.chunks(k.max(1)).enumerate() {
+        let output = format.output(n, k);
         for (g, codes) in codes.chunks(format.group).enumerate() {
-            let q = &mut q[(n / BLOCK * shape[1] + g) * shape[2]..][..shape[2]];
             for (i, &code) in codes.iter().enumerate() {
-                let (byte, bit) = format.place(i, n % BLOCK);
+                let (byte, bit) = format.term(g * format.group + i);
                 let stored = (i32::from(code) + format.bias()) as u8 & format.mask();
-                q[byte] = q[byte] & !(format.mask() << bit) | stored << bit;
+                let q = &mut q[output + byte];
+                *q = *q & !(format.mask() << bit) | stored << bit;
             }
         }
     }
@@ -228,7 +269,7 @@ pub fn pack_scales<T: Copy + Default>(format: Format, k: usize, n: usize, scales
     out.fill(T::default());
     for (n, scales) in scales.chunks(groups.max(1)).enumerate() {
         for (g, &scale) in scales.iter().enumerate() {
-            out[(n / BLOCK * groups + g) * BLOCK + n % BLOCK] = scale;
+            out[format.scale(g, n, k)] = scale;
         }
     }
 }

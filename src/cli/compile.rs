@@ -5,17 +5,19 @@ use std::process::ExitCode;
 
 use clap::ValueEnum;
 use serde_json::json;
-use xla::DType;
 use xla::graph::Platform;
 use xla::wheel::PluginKind;
 use xllama::Error;
 use xllama::compile::{self, ExecutableFile, Job, Machine, Report, Row, Step, Target, presets};
 use xllama::config::ModelConfig;
 use xllama::params::{Llama, Param};
+use xllama::precision::Precision;
 use xllama::runtime::{cache_len, device};
 use xllama::sharding::MeshShape;
 
-use super::model_args::{CacheArgs, ModelArg, Partitioner, default_dtype, fetch_options, parse_dtype, report_fetch};
+use super::model_args::{
+    CacheArgs, ModelArg, Partitioner, default_dtype, fetch_options, parse_precision, report_fetch,
+};
 use super::output::Output;
 use super::{Context, table};
 
@@ -57,9 +59,10 @@ pub struct Args {
     /// Tokens of one prefill.
     #[arg(long, value_name = "N", default_value_t = 512, value_parser = clap::value_parser!(u32).range(1..))]
     prompt_tokens: u32,
-    /// Type of parameters and products: f32, bf16 or f16 [default: f32 on a CPU, else the checkpoint's].
-    #[arg(long, value_name = "DTYPE", value_parser = parse_dtype)]
-    dtype: Option<DType>,
+    /// Type of parameters and products: f32, bf16 or f16, or int8 or int4 for packed matrices [default: f32 on a CPU, else the
+    /// checkpoint's].
+    #[arg(long, value_name = "DTYPE", value_parser = parse_precision)]
+    dtype: Option<converter::Precision>,
     #[command(flatten)]
     cache: CacheArgs,
     /// The plugin that compiles: the path of a file [default: XLLAMA_DEVICE if it fits the target, else the installed one].
@@ -113,14 +116,14 @@ impl Args {
         context.reporter.say(&format!("describing {target}"));
         let devices = self.mesh.map_or(1, |mesh| mesh.devices());
         let machine = target.open(&plugin, devices)?;
-        let dtype = self.dtype.unwrap_or_else(|| default_dtype(&machine.platform, &cfg));
+        let precision = Precision::of(self.dtype, default_dtype(&machine.platform, &cfg));
         let mesh = compile::mesh_for(self.mesh, &target, machine.devices, &cfg)?;
         let partitioner = self.partitioner.into();
         let (cache, batch) = (self.cache.options(), self.batch.into());
         let (model, cfg, params) = (self.model.as_str(), &cfg, &params);
         let platform = Platform::named(&machine.platform);
         let kernels = machine.kernels();
-        let job = Job { model, cfg, params, dtype, step, batch, len, cache, mesh, partitioner, platform, kernels };
+        let job = Job { model, cfg, params, precision, step, batch, len, cache, mesh, partitioner, platform, kernels };
         if self.sweep {
             return self.try_all(context, &job, &machine);
         }
@@ -209,7 +212,7 @@ impl Args {
             "model": job.model,
             "program": job.step.name(),
             "max_seq": job.len,
-            "dtype": job.dtype.name(),
+            "dtype": job.precision.name(),
             "rows": rows.iter().map(|row| row.json(machine.chips())).collect::<Vec<_>>(),
         });
         context.print(&json, || print_rows(&rows, machine));
@@ -280,7 +283,7 @@ fn seconds(s: f64) -> String {
 
 /// The report for people.
 fn print(job: &Job<'_>, machine: &Machine, report: &Report, json: &serde_json::Value) {
-    let cache = job.cache_shape();
+    let cache = report.cache;
     let count = |n: usize, what: &str| format!("{n} {what}{}", if n == 1 { "" } else { "s" });
     println!(
         "{} {}, {} of {}, cache of {} positions, {} (cache {})",
@@ -289,7 +292,7 @@ fn print(job: &Job<'_>, machine: &Machine, report: &Report, json: &serde_json::V
         count(job.step.tokens(), "token"),
         count(job.batch, "slot"),
         cache.len,
-        job.dtype.name(),
+        job.precision.name(),
         cache.dtype.name(),
     );
     println!(

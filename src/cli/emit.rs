@@ -84,8 +84,7 @@ impl Args {
         };
         let model = Blueprint::new(cfg, checkpoint.params(), precision, mesh.mesh, platform)?;
         let model = model.with_partitioner(mesh.emission());
-        let cache =
-            self.model.cache.options().shape(mesh.mesh.batch(self.batch.into()), len, precision.dtype, platform);
+        let cache = model.cache_shape(&self.model.cache.options(), self.batch.into(), len);
         mesh.mesh.check_cache(&cache)?;
         let spec = StepSpec::alone(tokens, cache, &model);
         let text = model.stablehlo(&build(&spec, &model)?);

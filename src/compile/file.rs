@@ -140,7 +140,7 @@ impl ExecutableFile {
             "batch": spec.cache.batch,
             "max_seq": spec.cache.len,
             "mesh": job.mesh.to_string(),
-            "dtype": job.dtype.name(),
+            "dtype": job.precision.name(),
             "cache_dtype": spec.cache.dtype.name(),
         });
         Ok(ExecutableFile { path: path.to_path_buf(), header, identity, body: compiled.serialize()? })
@@ -250,7 +250,7 @@ impl ExecutableFile {
     pub fn adopt(&self, engine: &Engine) -> Result<StepSpec, Error> {
         let model = engine.model();
         let (tokens, len, batch) = (self.number("tokens")?, self.number("max_seq")?, self.number("batch")?);
-        let cache = engine.cache_options().shape(batch, len, model.dtype, model.platform);
+        let cache = model.cache_shape(&engine.cache_options(), batch, len);
         let spec = StepSpec::alone(tokens, cache, model);
         let module = build(&spec, model)?;
         let client = engine.placement().client();

@@ -2,15 +2,14 @@
 
 use std::collections::HashMap;
 
-use xla::DType;
 use xla::graph::{Emission, Module, Platform};
 use xla::pjrt::CompileOptions;
 
 use super::target::Target;
 use crate::Error;
 use crate::config::ModelConfig;
-use crate::kv_cache::CacheShape;
 use crate::params::{Llama, Param};
+use crate::precision::Precision;
 use crate::runtime::{Blueprint, CacheOptions, StepSpec, build};
 use crate::sharding::MeshShape;
 
@@ -53,8 +52,8 @@ pub struct Job<'a> {
     pub cfg: &'a ModelConfig,
     /// Its parameters.
     pub params: &'a Llama<Param>,
-    /// Type of parameters, products and, unless `cache` says otherwise, the cache.
-    pub dtype: DType,
+    /// Type of products, and how parameters are packed; the cache's type too unless `cache` says otherwise.
+    pub precision: Precision,
     /// Which step.
     pub step: Step,
     /// B: slots, over all devices.
@@ -102,17 +101,12 @@ pub struct Sizes {
 }
 
 impl Job<'_> {
-    /// The cache that it runs on.
-    pub fn cache_shape(&self) -> CacheShape {
-        self.cache.shape(self.mesh.batch(self.batch), self.len, self.dtype, self.platform)
-    }
-
     /// The model as the program is built of it.
     ///
     /// # Errors
     /// Those of [`Blueprint::new`].
     fn blueprint(&self) -> Result<Blueprint, Error> {
-        let model = Blueprint::new(self.cfg, self.params, self.dtype, self.mesh, self.platform)?;
+        let model = Blueprint::new(self.cfg, self.params, self.precision, self.mesh, self.platform)?;
         Ok(model.with_partitioner(self.partitioner).with_kernels(self.kernels))
     }
 
@@ -122,7 +116,7 @@ impl Job<'_> {
     /// Those of [`Blueprint::new`], [`MeshShape::check_cache`] and [`build`].
     pub fn prepare(&self) -> Result<Prepared, Error> {
         let model = self.blueprint()?;
-        let spec = StepSpec::alone(self.step.tokens(), self.cache_shape(), &model);
+        let spec = StepSpec::alone(self.step.tokens(), model.cache_shape(&self.cache, self.batch, self.len), &model);
         self.mesh.check_cache(&spec.cache)?;
         let module = build(&spec, &model)?;
         let sizes = self.sizes(&spec, &module);
@@ -142,9 +136,11 @@ impl Job<'_> {
                 (Some(sharding), Some(mesh)) => sharding.local_shape(mesh, &arg.aval.shape),
                 _ => arg.aval.shape.clone(),
             };
-            let bytes = (shape.iter().product::<usize>() * arg.aval.dtype.size()) as u64;
+            let bytes = (shape.iter().product::<usize>() * arg.aval.dtype.bits()).div_ceil(8) as u64;
             sizes.arguments += bytes;
-            match params.get(arg.name.as_str()) {
+            // A packed parameter is several arguments, `NAME.q` and more.
+            let part_of = || Some(arg.name.rsplit_once('.')?.0);
+            match params.get(arg.name.as_str()).or_else(|| params.get(part_of()?)) {
                 Some(param) => {
                     sizes.weights += bytes;
                     sizes.idle_experts += (bytes as f64 * self.idle(param)) as u64;
@@ -262,6 +258,7 @@ pub fn mesh_for(
 mod tests {
     use super::*;
     use crate::compile::presets;
+    use xla::DType;
 
     fn job<'a>(cfg: &'a ModelConfig, params: &'a Llama<Param>, step: Step) -> Job<'a> {
         let (mesh, partitioner) = (MeshShape::default(), Emission::Shardy);
@@ -271,7 +268,7 @@ mod tests {
             model: "m",
             cfg,
             params,
-            dtype: DType::BF16,
+            precision: DType::BF16.into(),
             step,
             batch,
             len,
@@ -328,7 +325,7 @@ mod tests {
     }
 
     fn flops(job: &Job<'_>) -> f64 {
-        job.flops(&StepSpec::alone(job.step.tokens(), job.cache_shape(), &job.blueprint().expect("it divides")))
+        job.flops(&job.prepare().expect("it divides").spec)
     }
 
     #[test]

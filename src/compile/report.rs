@@ -11,6 +11,7 @@ use super::job::{Job, Prepared, Sizes};
 use super::memory::{Shortage, is_shortage};
 use super::target::{Compiled, Machine};
 use crate::Error;
+use crate::kv_cache::CacheShape;
 
 /// Copies smaller than this are not counted: index arithmetic and scalars.
 const COPY_THRESHOLD: u64 = 1 << 20;
@@ -77,6 +78,8 @@ pub struct Figures {
 pub struct Report {
     /// Seconds that the compiler took.
     pub compile_s: f64,
+    /// The cache that the program runs on.
+    pub cache: CacheShape,
     /// Memory of one device.
     pub memory: Memory,
     /// What arithmetic says of one device.
@@ -107,7 +110,7 @@ pub fn compile(job: &Job<'_>, machine: &Machine) -> Result<(Report, Prepared, Op
         Err(Error::Pjrt(e)) if is_shortage(&e) => (None, Some(e.to_string().replace('\n', " "))),
         Err(e) => return Err(e),
     };
-    let report = Report::new(job, machine, &prepared.sizes, compiled.as_ref(), shortage, compile_s)?;
+    let report = Report::new(job, machine, &prepared, compiled.as_ref(), shortage, compile_s)?;
     Ok((report, prepared, compiled))
 }
 
@@ -115,11 +118,12 @@ impl Report {
     fn new(
         job: &Job<'_>,
         machine: &Machine,
-        sizes: &Sizes,
+        prepared: &Prepared,
         compiled: Option<&Compiled>,
         shortage: Option<String>,
         compile_s: f64,
     ) -> Result<Report, Error> {
+        let sizes = &prepared.sizes;
         let memory = match compiled {
             Some(compiled) => memory_of(compiled, machine)?,
             None => missing_memory(sizes, shortage.as_deref(), machine.limit),
@@ -133,10 +137,11 @@ impl Report {
                 link_bytes: figures.iter().flat_map(|f| &f.collectives).map(sent).fold(0.0, |sum, n| sum + n),
                 cycles: figures.as_ref().and_then(|f| f.cycles).map(|cycles| cycles.total as f64),
             };
-            chip.floors(&work, job.dtype)
+            chip.floors(&work, job.precision.dtype)
         });
         let (tokens, chips) = (job.tokens(), machine.chips());
-        Ok(Report { compile_s, memory, sizes: *sizes, figures, shortage, floors, tokens, chips })
+        let cache = prepared.spec.cache;
+        Ok(Report { compile_s, cache, memory, sizes: *sizes, figures, shortage, floors, tokens, chips })
     }
 
     /// Whether it was compiled and, where the limit is known, fits.
@@ -175,7 +180,7 @@ impl Report {
 
     /// The object that `xllama compile --json` prints.
     pub fn json(&self, job: &Job<'_>, machine: &Machine) -> Value {
-        let cache = job.cache_shape();
+        let cache = &self.cache;
         let m = &self.memory;
         let figures = self.figures.as_ref();
         let sums = self.collectives();
@@ -214,7 +219,7 @@ impl Report {
             "batch": job.batch,
             "max_seq": cache.len,
             "mesh": job.mesh.to_string(),
-            "dtype": job.dtype.name(),
+            "dtype": job.precision.name(),
             "cache_dtype": cache.dtype.name(),
             "compile_s": self.compile_s,
             "per_device": {

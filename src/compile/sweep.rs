@@ -129,6 +129,7 @@ mod tests {
     use crate::compile::chips::Floors;
     use crate::compile::job::{Sizes, Step};
     use crate::compile::presets;
+    use crate::kv_cache::CacheShape;
     use crate::params::Llama;
     use crate::runtime::CacheOptions;
     use xla::DType;
@@ -142,7 +143,7 @@ mod tests {
             model: "m",
             cfg: &cfg,
             params: &params,
-            dtype: DType::BF16,
+            precision: DType::BF16.into(),
             step: Step::Decode,
             batch: 1,
             len: 256,
@@ -177,6 +178,7 @@ mod tests {
             };
             let report = Report {
                 compile_s: 1.0,
+                cache: CacheShape { batch: 8, len: 256, dtype: DType::BF16, pages: None, platform: Platform::Tpu },
                 memory,
                 sizes: Sizes::default(),
                 figures: Some(figures),

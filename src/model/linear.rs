@@ -106,31 +106,28 @@ pub(super) fn weights_of<'a>(args: &'a [Tensor], weights: &[Weight]) -> (&'a Ten
 pub(super) fn matrix_product(x: &Tensor, weight: &Weight, transposed: bool) -> Tensor {
     let equation = if transposed { "RK,NK->RN" } else { "RK,KN->RN" };
     match weight {
-        Weight::Float(w) => einsum_as(equation, &x.cast(w.dtype()), w, DType::F32),
         Weight::Packed(packed) => packed.product(x),
+        weight => einsum_as(equation, &x.cast(weight.dtype()), &weight.float(), DType::F32),
     }
 }
 
 /// `einsum(equation, x, weight)` in f32, with what is put around it where a platform or the precision of its sums asks for it.
 #[track_caller]
 fn projected(equation: &str, x: &Tensor, weight: &Weight) -> Tensor {
-    let Weight::Float(w) = weight else {
+    if weight.packed().is_some() {
         return by_kernel(x, &[(contracted(equation, weight), weight)], false).remove(0);
-    };
-    let x = x.cast(w.dtype());
+    }
+    let x = x.cast(weight.dtype());
     let x = if equation.starts_with("BSM") { all_rows(&x) } else { x };
-    match parts(equation, x.dim(0) * x.dim(1), w) {
-        1 => in_rows(&x, |x| product(equation, x, w)),
-        n => in_parts(equation, &x, w, n),
+    match parts(equation, &x, weight) {
+        1 => in_rows(&x, |x| product(equation, x, weight)),
+        n => in_parts(equation, &x, &weight.float(), n),
     }
 }
 
 /// How many of the weight's first axes are contracted.
 fn contracted(equation: &str, weight: &Weight) -> usize {
-    contracted_of(equation, weight.shape().len())
-}
-
-fn contracted_of(equation: &str, rank: usize) -> usize {
+    let rank = weight.shape().len();
     rank - (equation.len() - equation.rfind('>').map_or(0, |at| at + 3)).min(rank)
 }
 
@@ -141,7 +138,7 @@ fn devices(g: &Graph, logical: &str) -> usize {
 
 /// `einsum(equation, x, weight)` in f32 for `x` (B, S, …), as a TPU reads large weights best.
 #[track_caller]
-pub(super) fn product(equation: &str, x: &Tensor, weight: &Tensor) -> Tensor {
+pub(super) fn product(equation: &str, x: &Tensor, weight: &Weight) -> Tensor {
     let g = x.graph();
     let devices = |logical: &str| devices(g, logical);
     let of_letter = |letter: char| match letter {
@@ -180,19 +177,19 @@ pub(super) fn in_rows(x: &Tensor, product: impl FnOnce(&Tensor) -> Tensor) -> Te
 /// Contracted terms that one f32 accumulator may see.
 const TERMS: usize = 144;
 
-/// In how many parts to sum a product of `rows` rows with `weight`, whose axes from the first on are contracted: the first
+/// In how many parts to sum a product of `x` (B, S, …) with `weight`, whose axes from the first on are contracted: the first
 /// axis is divided by it.
-fn parts(equation: &str, rows: usize, weight: &Tensor) -> usize {
-    let (terms, outputs) = weight.shape().split_at(contracted_of(equation, weight.rank()));
-    parts_of(weight, rows, weight.dim(0), terms.iter().product(), outputs.iter().product())
+fn parts(equation: &str, x: &Tensor, weight: &Weight) -> usize {
+    let (terms, outputs) = weight.shape().split_at(contracted(equation, weight));
+    let rows = x.dim(0) * x.dim(1);
+    parts_of(x.graph(), weight.dtype(), rows, terms[0], terms.iter().product(), outputs.iter().product())
 }
 
-/// In how many parts, divisors of `first`, to sum f32 products of `terms` terms for `rows` rows of `outputs` elements. A
+/// In how many parts, divisors of `first`, to sum products in `dtype` of `terms` terms for `rows` rows of `outputs` elements. A
 /// running sum over n terms loses about √n roundings, and that is what sets prefill and decode apart; sums of parts lose
 /// fewer (Higham 1993), and one row even gets faster by them.
-pub(super) fn parts_of(weight: &Tensor, rows: usize, first: usize, terms: usize, outputs: usize) -> usize {
-    let g = weight.graph();
-    if weight.dtype() != DType::F32 || g.platform() != Platform::Cpu {
+pub(super) fn parts_of(g: &Graph, dtype: DType, rows: usize, first: usize, terms: usize, outputs: usize) -> usize {
+    if dtype != DType::F32 || g.platform() != Platform::Cpu {
         return 1;
     }
     // With many rows the parts are written and read again: too dear where the result is wider than what is summed.

@@ -22,10 +22,10 @@ pub const TAKE_ROWS: &str = "xllama.take_rows";
 /// The rows `tokens` (B, S) of the embedding, (B, S, M) f32.
 #[track_caller]
 fn embed(embedding: &Weight, tokens: &Tensor) -> Tensor {
-    if let Weight::Float(table) = embedding
-        && !tokens.graph().has_kernel(TAKE_ROWS)
-    {
-        return table.take(tokens, 0).cast(DType::F32);
+    match embedding {
+        Weight::Float(table) if !tokens.graph().has_kernel(TAKE_ROWS) => return table.take(tokens, 0).cast(DType::F32),
+        Weight::Grouped(table) => return table.take(tokens).float().cast(DType::F32),
+        _ => {}
     }
     let [b, s] = [0, 1].map(|axis| tokens.dim(axis));
     let (ids, weights) = (tokens.reshape(&[b * s]), [embedding.clone()]);
@@ -167,14 +167,14 @@ pub fn decoder_block(
 
 /// Hidden states (B, S, M) times a head (M, V), or (V, M) where it is the embedding: (B, S, V) f32.
 #[track_caller]
-fn float_head(hidden: &Tensor, head: &Tensor, tied: bool) -> Tensor {
+fn float_head(hidden: &Tensor, head: &Weight, tied: bool) -> Tensor {
     let rows = hidden.dim(0) * hidden.dim(1);
     let hidden = all_rows(&hidden.cast(head.dtype()));
     match tied {
         false => in_rows(&hidden, |hidden| product("BSM,MV->BSV", hidden, head)),
         // XLA:CPU transposes the right side of a one-row product in memory, the whole embedding at every step.
         true if rows == 1 && hidden.graph().platform() == Platform::Cpu => {
-            einsum_as("VM,BSM->BSV", head, &hidden, DType::F32)
+            einsum_as("VM,BSM->BSV", &head.float(), &hidden, DType::F32)
         }
         true => in_rows(&hidden, |hidden| product("BSM,VM->BSV", hidden, head)),
     }
@@ -187,7 +187,7 @@ pub fn lm_head(p: &Llama<Weight>, hidden: &Tensor, cfg: &ModelConfig) -> Tensor 
     let (weight, tied) = (p.lm_head.as_ref().unwrap_or(&p.embedding), p.lm_head.is_none());
     let logits = match weight {
         weight if takes_kernel(hidden, weight) => by_kernel(hidden, &[(1, weight)], tied).remove(0),
-        weight => float_head(hidden, &weight.float(), tied),
+        weight => float_head(hidden, weight, tied),
     };
     let logits = match cfg.logit_softcap {
         Some(cap) => (logits / cap).tanh() * cap,

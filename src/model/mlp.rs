@@ -47,7 +47,7 @@ fn gated(p: &Mlp<Weight>, x: &Tensor, act: Activation) -> Tensor {
 }
 
 /// What kernels call an activation.
-fn name(act: Activation) -> &'static str {
+pub(super) fn name(act: Activation) -> &'static str {
     match act {
         Activation::Silu => "silu",
         Activation::Gelu => "gelu",

@@ -20,7 +20,7 @@ pub use attention::{ATTENTION_STEP, LayerInput, attention};
 pub use linear::LINEAR;
 pub use llama::{TAKE_ROWS, decoder_block, final_norm, forward, lm_head};
 pub use mlp::{GATED, mlp};
-pub use moe::moe;
+pub use moe::{EXPERTS, moe};
 pub use rms_norm::{RMS_NORM, rms_norm};
 pub use rope::{Rope, frequencies, ropes};
 pub use router_loss::{load_balancing_loss, router_z_loss};

@@ -6,16 +6,21 @@
 mod top_k;
 
 use xla::DType::{F32, I32};
-use xla::graph::{Fold, Platform, Tensor, einsum_as};
+use xla::graph::{Attr, Fold, Kernel, Platform, Tensor, einsum_as};
 
-use super::linear::{linear, parts_of};
-use super::mlp::{activation, mlp};
+use super::linear::{linear, parts_of, weights_of, with_weights};
+use super::mlp::{activation, mlp, name as activation_name};
 use super::pieces;
 use super::rows::{TPU_ROWS, pad};
 use crate::config::{Activation, ExpertGroups, ModelConfig, MoeConfig, Router};
 use crate::params::{Moe, Weight};
 
 pub(super) use top_k::top_k;
+
+/// The kernel of the experts: x (N, M) f32, the weights of gate, up (E, M, F) and down (E, F, M), ids (N, k) i32 and shares (N, k) f32; (N, M)
+/// f32, Σ over a row's experts of share · down(act(gate(x)) · up(x)). The attributes are E as `experts`, F as `width`, and those of
+/// [`GATED`](super::GATED).
+pub const EXPERTS: &str = "xllama.experts";
 
 /// Σ over a token's k experts of weight · expert(x), and what the shared expert gives. `x`: (B, S, M) → (B, S, M), f32. Every
 /// token gets all of its experts; the work grows with k, not with E. The router's logits (B, S, E) are the tap
@@ -46,30 +51,36 @@ fn routed(p: &Moe<Weight>, x: &Tensor, logits: &Tensor, act: Activation, moe: &M
     const TOKENS: &[&str] = &["batch", "sequence", ""];
     let g = x.graph();
     let mut inputs: Vec<(&Tensor, &[&str])> = vec![(x, TOKENS), (logits, TOKENS)];
-    let [gate, up, down] = [&p.gate_proj, &p.up_proj, &p.down_proj].map(Weight::float);
     let correction_bias = p.correction_bias.as_ref().map(Weight::float);
-    inputs.extend([
-        (&gate, &["experts", "", "mlp"][..]),
-        (&up, &["experts", "", "mlp"]),
-        (&down, &["experts", "mlp", ""]),
-    ]);
     inputs.extend(correction_bias.iter().map(|bias| (bias, &[""][..])));
+    for (weight, axes) in [
+        (&p.gate_proj, &["experts", "", "mlp"][..]),
+        (&p.up_proj, &["experts", "", "mlp"]),
+        (&p.down_proj, &["experts", "mlp", ""]),
+    ] {
+        inputs.extend(weight.tensors().into_iter().map(|tensor| (tensor, axes)));
+    }
     let results = g.manual_computation(&inputs, &[TOKENS], |args| {
-        let [x, logits, gate, up, down, correction_bias @ ..] = args else { return args.to_vec() };
+        let mut args = args.iter().cloned();
+        let mut next = || args.next().expect("a body gets as many arguments as it was given");
+        let (x, logits) = (next(), next());
+        let correction_bias = correction_bias.as_ref().map(|_| next());
+        let [gate, up, down] = [&p.gate_proj, &p.up_proj, &p.down_proj].map(|weight| weight.with(&mut next));
+        let own = gate.tensors()[0].dim(0);
         let (n, m, all) = (x.dim(0) * x.dim(1), x.dim(2), moe.n_experts);
-        let (ids, weights) = choose(&logits.reshape(&[n, all]), correction_bias.first(), moe);
+        let (ids, weights) = choose(&logits.reshape(&[n, all]), correction_bias.as_ref(), moe);
         let rows = x.reshape(&[n, m]);
-        let experts = Experts { gate, up, down, act };
+        let experts = Experts { gate: &gate, up: &up, down: &down, act, count: own };
 
         let split = |logical: &str, axis: &str| g.piece_axes(logical).iter().any(|of| of == axis);
         let exchanged = split("batch", "expert");
         let gathered = |t: Tensor| if exchanged { t.all_gather(0, &["expert"]) } else { t };
         let (rows, ids, weights) = (gathered(rows), gathered(ids), gathered(weights));
         // The device's own experts are 0, 1, …; those of others have the number after the last.
-        let (ids, weights) = match gate.dim(0) == all {
+        let (ids, weights) = match own == all {
             true => (ids, weights),
             false => {
-                let own = gate.dim(0) as i64;
+                let own = own as i64;
                 let first = g.coordinate("expert") * own;
                 let id = &ids - first.broadcast(ids.shape(), &[]);
                 let here = id.ge(0i64) & id.lt(own);
@@ -133,12 +144,14 @@ fn best_groups(scores: &Tensor, groups: &ExpertGroups) -> Tensor {
 #[derive(Clone, Copy)]
 struct Experts<'a> {
     /// (E, M, F).
-    gate: &'a Tensor,
+    gate: &'a Weight,
     /// (E, M, F).
-    up: &'a Tensor,
+    up: &'a Weight,
     /// (E, F, M).
-    down: &'a Tensor,
+    down: &'a Weight,
     act: Activation,
+    /// E.
+    count: usize,
 }
 
 /// Rows up to which every expert is applied to every row: to sort and pick them costs more on an accelerator than products of
@@ -155,13 +168,34 @@ impl Experts<'_> {
     /// Σ over a row's experts of weight · expert(x): `x` (N, M), `ids` and `weights` (N, k) → (N, M). An id that is none of
     /// these experts gives nothing. `all` is how many experts the ids were chosen from.
     fn apply(&self, x: &Tensor, ids: &Tensor, weights: &Tensor, all: usize) -> Tensor {
+        if !x.graph().has_kernel(EXPERTS) {
+            return self.in_graph(x, ids, weights, all);
+        }
+        let own = [self.gate, self.up, self.down].map(Weight::clone);
+        let (kernel, mut inputs) = with_weights(Kernel::new(EXPERTS), x, &own);
+        inputs.extend([ids, weights]);
+        let kernel = kernel
+            .attr("activation", Attr::Str(activation_name(self.act).into()))
+            .attr("experts", Attr::I64(self.count as i64))
+            .attr("width", Attr::I64(self.gate.shape()[2] as i64));
+        let y = x.graph().kernel(kernel, &inputs, |args| {
+            let [args @ .., ids, weights] = args else { return args.to_vec() };
+            let (x, own) = weights_of(args, &own);
+            let [gate, up, down] = [0, 1, 2].map(|i: usize| &own[i]);
+            vec![Experts { gate, up, down, ..*self }.in_graph(x, ids, weights, all)]
+        });
+        y.into_iter().next().unwrap_or_else(|| x.clone())
+    }
+
+    /// The same without a kernel.
+    fn in_graph(&self, x: &Tensor, ids: &Tensor, weights: &Tensor, all: usize) -> Tensor {
         if x.dim(0) <= dense_rows(x.graph().platform()) {
             return self.dense(x, ids, weights);
         }
         let y = sorted(self, x, ids, all);
-        let y = match self.gate.dim(0) == all {
+        let y = match self.count == all {
             true => y,
-            false => ids.lt(self.gate.dim(0) as i64).broadcast(y.shape(), &[0, 1]).select(&y, 0.0),
+            false => ids.lt(self.count as i64).broadcast(y.shape(), &[0, 1]).select(&y, 0.0),
         };
         // Summed in the order of the choice: a token's result is the same in every batch.
         (&y * weights.expand_dims(2).broadcast_to(y.shape())).sum(&[1])
@@ -172,10 +206,10 @@ impl Experts<'_> {
         let n = x.dim(0);
         if x.graph().platform() == Platform::Tpu && n < TPU_ROWS {
             let rows = |x: &Tensor, value| pad(x, 0, TPU_ROWS, value);
-            let ids = rows(ids, self.gate.dim(0) as f64);
+            let ids = rows(ids, self.count as f64);
             return self.dense(&rows(x, 0.0), &ids, &rows(weights, 0.0)).narrow(0, 0, n);
         }
-        let all = [x.dim(0), ids.dim(1), self.gate.dim(0)];
+        let all = [x.dim(0), ids.dim(1), self.count];
         let chosen = ids.broadcast(&all, &[0, 1]).eq(&x.graph().iota(I32, &all, 2));
         let share = chosen.select(&weights.broadcast(&all, &[0, 1]), 0.0).sum(&[1]);
         let [gate, up] =
@@ -203,8 +237,8 @@ impl Experts<'_> {
 /// 100 MB against 13, and with them the products get only 16 rows each where the 8 get 128.
 fn sorted(weights: &Experts<'_>, x: &Tensor, ids: &Tensor, all: usize) -> Tensor {
     let g = x.graph();
-    let Experts { gate, up, down, act } = *weights;
-    let (n, k, m, experts) = (x.dim(0), ids.dim(1), x.dim(1), gate.dim(0));
+    let Experts { gate, up, down, act, count: experts } = *weights;
+    let (n, k, m) = (x.dim(0), ids.dim(1), x.dim(1));
     let pairs = n * k;
     let (first, c) = blocks(n, k, all);
 
@@ -243,18 +277,24 @@ fn sorted(weights: &Experts<'_>, x: &Tensor, ids: &Tensor, all: usize) -> Tensor
         let expert = passed.cast(I32).sum(&[1]);
         let at = starts.take(&expert, 0) + (number - before.take(&expert, 0) + first as i64) * c as i64;
         let total = ends.narrow(0, experts - 1, 1).reshape(&[]);
+        let block = g.scalar(0, I32);
+        let mut state = vec![&block, &y, &total, &expert, &at, &token, x];
+        state.extend([gate, up, down].into_iter().flat_map(Weight::tensors));
         let done = g.while_loop(
-            &[&g.scalar(0, I32), &y, &total, &expert, &at, &token, x, gate, up, down],
+            &state,
             |v| v[0].lt(&v[2]),
             |v| {
                 let [block, y, _, expert, at, token, x, weights @ ..] = v else { return v.to_vec() };
                 let zero = block.graph().scalar(0, I32);
                 let this = |table: &Tensor| table.dynamic_slice(&[block], &[1]).reshape(&[]);
                 let expert = this(expert);
-                let [gate, up, down] = [0, 1, 2].map(|i: usize| {
-                    let w = &weights[i];
-                    w.dynamic_slice(&[&expert, &zero, &zero], &[1, w.dim(1), w.dim(2)])
+                let mut weights = weights.iter().map(|all| {
+                    let mut start = vec![&zero; all.rank()];
+                    start[0] = &expert;
+                    all.dynamic_slice(&start, &[&[1], &all.shape()[1..]].concat())
                 });
+                let mut next = || weights.next().expect("a loop gets what it was given");
+                let [gate, up, down] = [gate, up, down].map(|weight| weight.with(&mut next));
                 let rows = x.take(&token.dynamic_slice(&[&this(at)], &[c]), 0).expand_dims(0);
                 let rows = feed_forward(&rows, &gate, &up, &down, act).reshape(&[c, m]);
                 let to = (block + (first * experts) as i64) * c as i64;
@@ -283,17 +323,23 @@ fn blocks(n: usize, k: usize, experts: usize) -> (usize, usize) {
 }
 
 /// down(act(gate(x)) · up(x)) of each expert on its own rows: (E, C, M) → (E, C, M), f32.
-fn feed_forward(x: &Tensor, gate: &Tensor, up: &Tensor, down: &Tensor, act: Activation) -> Tensor {
+fn feed_forward(x: &Tensor, gate: &Weight, up: &Weight, down: &Weight, act: Activation) -> Tensor {
     let h = activation(&product(x, gate), act) * product(x, up);
     product(&h, down)
 }
 
 /// (E, C, A) × (E, A, D) → (E, C, D), in the type of the weights, accumulated in f32 in parts, as [`linear`] does.
-fn product(x: &Tensor, weight: &Tensor) -> Tensor {
+fn product(x: &Tensor, weight: &Weight) -> Tensor {
+    if let Weight::Packed(packed) = weight {
+        let own = |e: usize| x.narrow(0, e, 1).reshape(&x.shape()[1..]);
+        let all: Vec<Tensor> = (0..x.dim(0)).map(|e| packed.expert(e).product(&own(e)).expand_dims(0)).collect();
+        return x.graph().concatenate(&all.iter().collect::<Vec<_>>(), 0);
+    }
     let x = x.cast(weight.dtype());
+    let weight = weight.float();
     let [e, a, d] = *weight.shape() else { return x };
     let c = x.dim(1);
-    let parts = parts_of(weight, c, a, a, d);
+    let parts = parts_of(x.graph(), weight.dtype(), c, a, a, d);
     let (x, weight) = (x.reshape(&[e, c, parts, a / parts]), weight.reshape(&[e, parts, a / parts, d]));
     match parts {
         1 => einsum_as("ECZA,EZAD->ECD", &x, &weight, F32),

@@ -4,13 +4,17 @@ use kernels::packed::{BLOCK, Bits, Format};
 use xla::DType;
 use xla::graph::Tensor;
 
+use super::Grouped;
+
 /// A parameter as the model reads it.
 #[derive(Clone, Debug)]
 pub enum Weight {
     /// All axes, in a float type.
     Float(Tensor),
-    /// A matrix of integers.
+    /// A matrix of integers in blocks, which a processor multiplies with.
     Packed(Packed),
+    /// A matrix of integers with all axes, of which floats are made where it is used.
+    Grouped(Grouped),
 }
 
 /// A matrix of integer codes with a scale, and maybe a minimum, for each group of contracted terms: [`kernels::packed`].
@@ -35,26 +39,45 @@ impl Weight {
     pub fn tensors(&self) -> Vec<&Tensor> {
         match self {
             Weight::Float(tensor) => vec![tensor],
-            Weight::Packed(packed) => packed.arrays.iter().collect(),
+            Weight::Packed(Packed { arrays, .. }) | Weight::Grouped(Grouped { arrays, .. }) => arrays.iter().collect(),
         }
     }
 
     /// The same weight made of other tensors: `next` gives as many as [`Weight::tensors`] has.
     pub fn with(&self, mut next: impl FnMut() -> Tensor) -> Weight {
+        self.each(|_| next())
+    }
+
+    /// The same weight made of what `f` gives for each of its tensors.
+    pub fn each(&self, mut f: impl FnMut(&Tensor) -> Tensor) -> Weight {
         match self {
-            Weight::Float(_) => Weight::Float(next()),
-            Weight::Packed(packed) => {
-                let arrays = packed.arrays.iter().map(|_| next()).collect();
-                Weight::Packed(Packed { arrays, ..packed.clone() })
-            }
+            Weight::Float(tensor) => Weight::Float(f(tensor)),
+            Weight::Packed(packed) => Weight::Packed(packed.each(f)),
+            Weight::Grouped(grouped) => Weight::Grouped(grouped.each(f)),
         }
     }
 
-    /// It as integers, if that is what it is.
+    /// `n` terms from `start` on along an axis of the floats, whole groups where it is theirs: `f` makes the part of tensor number i, with
+    /// what cuts it.
+    #[track_caller]
+    pub fn cut(
+        &self,
+        axis: usize,
+        start: usize,
+        n: usize,
+        f: impl Fn(usize, &Tensor, &dyn Fn(&Tensor) -> Tensor) -> Tensor,
+    ) -> Weight {
+        match self {
+            Weight::Grouped(grouped) => Weight::Grouped(grouped.cut(axis, start, n, f)),
+            floats => Weight::Float(f(0, &floats.float(), &|x| x.narrow(axis as isize, start, n))),
+        }
+    }
+
+    /// It as integers in blocks, if that is what it is.
     pub fn packed(&self) -> Option<&Packed> {
         match self {
-            Weight::Float(_) => None,
             Weight::Packed(packed) => Some(packed),
+            Weight::Float(_) | Weight::Grouped(_) => None,
         }
     }
 
@@ -63,6 +86,7 @@ impl Weight {
         match self {
             Weight::Float(tensor) => tensor.shape(),
             Weight::Packed(packed) => &packed.shape,
+            Weight::Grouped(grouped) => grouped.arrays[0].shape(),
         }
     }
 
@@ -71,6 +95,7 @@ impl Weight {
         match self {
             Weight::Float(tensor) => tensor.dtype(),
             Weight::Packed(_) => DType::F32,
+            Weight::Grouped(grouped) => grouped.dtype,
         }
     }
 
@@ -80,41 +105,47 @@ impl Weight {
         match self {
             Weight::Float(tensor) => tensor.clone(),
             Weight::Packed(packed) => packed.unpack(),
+            Weight::Grouped(grouped) => grouped.float(),
         }
     }
 }
 
 impl Packed {
+    /// The same with the arrays that `f` makes of these, maybe of fewer experts.
+    fn each(&self, f: impl FnMut(&Tensor) -> Tensor) -> Packed {
+        let arrays: Vec<Tensor> = self.arrays.iter().map(f).collect();
+        let experts = |arrays: &[Tensor]| arrays[0].rank() - 3;
+        let shape = [&arrays[0].shape()[..experts(&arrays)], &self.shape[experts(&self.arrays)..]].concat();
+        Packed { arrays, shape, ..self.clone() }
+    }
+
     /// The values, f32, in the shape of the floats.
     #[track_caller]
     pub fn unpack(&self) -> Tensor {
         let Packed { k, n, .. } = *self;
-        let experts: Vec<usize> = self.shape[..self.arrays[0].rank() - 3].to_vec();
-        let one = |arrays: &[Tensor]| {
-            let [codes, scales, mins @ ..] = arrays else { unreachable!("codes and scales") };
-            let values = codes_of(self.format, codes).cast(DType::F32);
-            // (K/g, N/16·16) to (K/g, g, N/16·16)
-            let wide = |x: &Tensor| by_group(x).broadcast(values.shape(), &[0, 2]);
-            let values = match mins {
-                [mins] => &values * wide(scales) + wide(mins),
-                _ => &values * wide(scales),
-            };
-            let [groups, g, outputs] = [0, 1, 2].map(|axis| values.dim(axis));
-            let values = values.reshape(&[groups * g, outputs]).narrow(0, 0, k).narrow(1, 0, n);
-            if self.transposed { values.transpose(&[1, 0]) } else { values }
+        let experts = &self.shape[..self.arrays[0].rank() - 3];
+        if let &[experts] = experts {
+            let all: Vec<Tensor> = (0..experts).map(|e| self.expert(e).unpack().expand_dims(0)).collect();
+            return all[0].graph().concatenate(&all.iter().collect::<Vec<_>>(), 0);
+        }
+        let [codes, scales, mins @ ..] = &self.arrays[..] else { unreachable!("codes and scales") };
+        let values = codes_of(self.format, codes).cast(DType::F32);
+        // (K/g, N/16·16) to (K/g, g, N/16·16)
+        let wide = |x: &Tensor| by_group(x).broadcast(values.shape(), &[0, 2]);
+        let values = match mins {
+            [mins] => &values * wide(scales) + wide(mins),
+            _ => &values * wide(scales),
         };
-        let values = match experts[..] {
-            [] => one(&self.arrays),
-            _ => {
-                let of = |e: usize| {
-                    let own = |x: &Tensor| x.narrow(0, e, 1).reshape(&x.shape()[1..]);
-                    one(&self.arrays.iter().map(own).collect::<Vec<_>>()).expand_dims(0)
-                };
-                let all: Vec<Tensor> = (0..experts[0]).map(of).collect();
-                all[0].graph().concatenate(&all.iter().collect::<Vec<_>>(), 0)
-            }
-        };
+        let [groups, g, outputs] = [0, 1, 2].map(|axis| values.dim(axis));
+        let values = values.reshape(&[groups * g, outputs]).narrow(0, 0, k).narrow(1, 0, n);
+        let values = if self.transposed { values.transpose(&[1, 0]) } else { values };
         values.reshape(&self.shape)
+    }
+
+    /// One of several experts' matrices.
+    #[track_caller]
+    pub fn expert(&self, e: usize) -> Packed {
+        self.each(|x| x.narrow(0, e, 1).reshape(&x.shape()[1..]))
     }
 
     /// x (rows, K) f32 times the weight, (rows, N) f32, with x rounded to 8 bits: in each group of terms of a row

@@ -16,35 +16,20 @@ use super::program::{self, Blueprint, CacheProgram, StepSpec};
 use super::upload::upload;
 use crate::Error;
 use crate::config::ModelConfig;
-use crate::kv_cache::{CacheShape, Pages};
-use crate::params;
+use crate::kv_cache::CacheShape;
 use crate::precision::Precision;
 use crate::sharding::MeshShape;
 
 /// How sessions keep their cache.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct CacheOptions {
-    /// Element type; that of the parameters if `None`, f16 where these are packed. int8 has a scale for each position and head.
+    /// Element type; if `None` that of the parameters, but f16 where these are packed on a CPU. int8 has a scale for each position and head.
     pub dtype: Option<DType>,
     /// Keep layers with full attention in pages of so many positions, which slots share; otherwise each slot has its own array.
     pub page_size: Option<usize>,
     /// Pages in the pool; enough for all slots if `None`.
     pub pages: Option<usize>,
 }
-
-impl CacheOptions {
-    /// A cache of `batch` slots of at least `len` positions, of parameters in `dtype`.
-    pub fn shape(&self, batch: usize, mut len: usize, dtype: DType, platform: Platform) -> CacheShape {
-        let pages = self.page_size.map(|size| {
-            len = len.next_multiple_of(size);
-            Pages { size, count: self.pages.unwrap_or(batch * len / size) }
-        });
-        CacheShape { batch, len, dtype: self.dtype.unwrap_or(dtype), pages, platform }
-    }
-}
-
-/// The type of the cache beside packed weights: what reading them saves would else be lost to it.
-const PACKED_CACHE: DType = DType::F16;
 
 /// How a model is put on its devices.
 #[derive(Clone, Debug)]
@@ -156,10 +141,7 @@ impl Engine {
     }
 
     /// The same engine with caches kept as `options` say.
-    pub fn with_cache(mut self, mut options: CacheOptions) -> Engine {
-        if options.dtype.is_none() && self.model.params.iter().iter().any(|p| p.packing.is_some()) {
-            options.dtype = Some(PACKED_CACHE);
-        }
+    pub fn with_cache(mut self, options: CacheOptions) -> Engine {
         self.cache_options = options;
         self
     }
@@ -196,7 +178,7 @@ impl Engine {
 
     /// Bytes of all parameters as they are on the device.
     pub fn weight_bytes(&self) -> u64 {
-        self.model.params.iter().iter().map(|p| params::device_bytes(p, self.model.dtype, self.model.platform)).sum()
+        self.model.params.iter().iter().map(|p| self.model.devices().bytes(p)).sum()
     }
 
     /// What compiling has cost so far.

@@ -1,6 +1,7 @@
 //! The kernels as XLA's custom calls: each handler reads a frame, and the crate `kernels` computes.
 
 mod attention;
+mod experts;
 mod linear;
 mod norm;
 mod profile;
@@ -12,10 +13,10 @@ use kernels::Pool;
 use xla::pjrt::{CallFrame, Error, FfiError, Handler, Plugin, ThreadPool};
 
 use crate::generation::sampling::ARGMAX;
-use crate::model::{ATTEND, ATTENTION_STEP, GATED, LINEAR, RMS_NORM, TAKE_ROWS};
+use crate::model::{ATTEND, ATTENTION_STEP, EXPERTS, GATED, LINEAR, RMS_NORM, TAKE_ROWS};
 
 /// The names of all.
-const ALL: &[&str] = &[LINEAR, GATED, TAKE_ROWS, RMS_NORM, ATTEND, ATTENTION_STEP, ARGMAX];
+const ALL: &[&str] = &[LINEAR, GATED, EXPERTS, TAKE_ROWS, RMS_NORM, ATTEND, ATTENTION_STEP, ARGMAX];
 
 /// Makes the kernels known to a CPU plugin and gives their names: none where the plugin does not take handlers.
 pub fn register(plugin: &Plugin) -> &'static [&'static str] {
@@ -25,6 +26,7 @@ pub fn register(plugin: &Plugin) -> &'static [&'static str] {
     let handlers = [
         host::<linear::Linear>,
         host::<linear::Gated>,
+        host::<experts::Experts>,
         host::<linear::TakeRows>,
         host::<norm::RmsNorm>,
         host::<attention::Attend>,

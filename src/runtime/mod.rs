@@ -7,6 +7,7 @@ pub mod exec_cache;
 mod handlers;
 mod placement;
 mod program;
+mod regroup;
 mod session;
 mod upload;
 

@@ -6,12 +6,13 @@ use xla::DType;
 use xla::graph::{Emission, Graph, Module, Platform, Sharding, Tensor};
 use xla::pjrt::{CompileOptions, OptionOverride};
 
+use super::engine::CacheOptions;
 use crate::Error;
 use crate::config::ModelConfig;
 use crate::generation::sampling::{SamplerArgs, SamplerSpec, best, log_softmax, sample};
-use crate::kv_cache::{CacheShape, KvCache, Layout, Place};
+use crate::kv_cache::{CacheShape, KvCache, Layout, Pages, Place};
 use crate::model;
-use crate::params::{self, Llama, Param, Weight};
+use crate::params::{self, Devices, Llama, Param, Weight};
 use crate::precision::Precision;
 use crate::sharding::MeshShape;
 
@@ -81,7 +82,7 @@ pub struct Blueprint {
 }
 
 impl Blueprint {
-    /// A model of these parameters on a mesh. Only one processor multiplies with packed parameters; elsewhere they are widened.
+    /// A model of these parameters on a mesh. What is packed stays so where a group lies on one device.
     ///
     /// # Errors
     /// Those of [`MeshShape::check`].
@@ -95,13 +96,21 @@ impl Blueprint {
         mesh.check(cfg)?;
         let precision = precision.into();
         let dtype = precision.dtype;
-        let alone = mesh.devices() == 1 && platform == Platform::Cpu;
-        let packing = |p: Param| Param { packing: if alone { precision.packing(&p) } else { None }, ..p };
-        let params = params::on_mesh(params, cfg, mesh).map(&mut |p| packing(p));
+        let devices = Devices { dtype, platform, mesh };
+        let packed = |p: Param| {
+            let packing = precision.packing(&p).and_then(|packing| devices.packing(&p, packing));
+            Param { packing, ..p }
+        };
+        let params = params::on_mesh(params, cfg, mesh).map(&mut |p| packed(p));
         let n_kv_heads = mesh.kv_heads(cfg);
         let mut cfg = cfg.clone();
         cfg.n_kv_heads = n_kv_heads;
         Ok(Blueprint { cfg, params, dtype, mesh, platform, partitioner: Emission::Shardy, kernels: &[] })
+    }
+
+    /// The devices as they have its parameters.
+    pub fn devices(&self) -> Devices {
+        Devices { dtype: self.dtype, platform: self.platform, mesh: self.mesh }
     }
 
     /// The same with sharding written for another partitioner.
@@ -111,8 +120,7 @@ impl Blueprint {
 
     /// The same with calls of these kernels, where one device runs all of it: a partitioner does not look into them.
     pub fn with_kernels(self, kernels: &'static [&'static str]) -> Blueprint {
-        let alone = self.mesh.devices() == 1 && self.platform == Platform::Cpu;
-        Blueprint { kernels: if alone { kernels } else { &[] }, ..self }
+        Blueprint { kernels: if self.devices().in_blocks() { kernels } else { &[] }, ..self }
     }
 
     /// A program's text as its compiler takes it.
@@ -131,6 +139,19 @@ impl Blueprint {
                 ..CompileOptions::sharded(devices)
             },
         }
+    }
+
+    /// A cache of `batch` slots, more if the mesh asks for it, of at least `len` positions.
+    pub fn cache_shape(&self, options: &CacheOptions, batch: usize, mut len: usize) -> CacheShape {
+        let batch = self.mesh.batch(batch);
+        let pages = options.page_size.map(|size| {
+            len = len.next_multiple_of(size);
+            Pages { size, count: options.pages.unwrap_or(batch * len / size) }
+        });
+        // Beside packed weights f32 would lose what reading these saves.
+        let packed = self.platform == Platform::Cpu && self.params.iter().into_iter().any(|p| p.packing.is_some());
+        let dtype = options.dtype.unwrap_or(if packed { DType::F16 } else { self.dtype });
+        CacheShape { batch, len, dtype, pages, platform: self.platform }
     }
 
     /// Cache positions that a step over `tokens` tokens reads which ends at position `end`: coarse steps, so that few programs
@@ -213,7 +234,7 @@ pub fn build(spec: &StepSpec, model: &Blueprint) -> Result<Module, Error> {
         g.inline_calls(true);
         g.set_kernels(&[]);
     }
-    let p = params::declare_args(&g, &model.params, model.dtype);
+    let p = params::declare_args(&g, &model.params, model.devices());
     let cache = KvCache::declare(&g, spec.cache, cfg);
     let (b, s) = (spec.cache.batch, spec.tokens);
     let tokens = g.arg("tokens", DType::I32, &[b, s]);

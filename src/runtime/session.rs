@@ -5,7 +5,7 @@ use std::sync::Arc;
 use super::draws::{Draws, TokenRead};
 use super::engine::{Engine, Program};
 use super::placement::Array;
-use super::program::{Blueprint, CacheProgram, Output, StepSpec};
+use super::program::{CacheProgram, Output, StepSpec};
 use crate::Error;
 use crate::config;
 use crate::generation::options::SamplingOptions;
@@ -56,10 +56,7 @@ impl<'e> Session<'e> {
     ///
     /// [`CacheOptions`]: super::CacheOptions
     pub fn new(engine: &'e Engine, batch: usize, len: usize) -> Result<Session<'e>, Error> {
-        let shape = {
-            let Blueprint { mesh, dtype, platform, .. } = engine.model();
-            engine.cache_options().shape(mesh.batch(batch), cache_len(len), *dtype, *platform)
-        };
+        let shape = engine.model().cache_shape(&engine.cache_options(), batch, cache_len(len));
         engine.model().mesh.check_cache(&shape)?;
         let cache = engine.execute(&*engine.cache_program(CacheProgram::New, shape)?, &[])?;
         let slots = Slots::new(&shape, &engine.config().windows());

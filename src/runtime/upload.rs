@@ -5,14 +5,15 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use converter::{ArrayBytes, Checkpoint, HostArray, PackedArrays, Packing};
-use xla::DType;
+use xla::graph::Sharding;
 use xla::pjrt::{HostData, MappedBytes};
 
 use super::engine::CacheOptions;
 use super::placement::{Array, Placement};
 use super::program::Blueprint;
+use super::regroup::Blocks;
 use crate::Error;
-use crate::params::{Param, device_arrays, device_bytes, device_dtype, host_dtype};
+use crate::params::{DeviceArray, Param, host_dtype};
 
 /// The place of a parameter in tree order, and its arrays.
 type Uploaded = (usize, Vec<Array>);
@@ -28,12 +29,12 @@ pub fn upload(
 ) -> Result<Vec<Array>, Error> {
     let stored = checkpoint.params().iter();
     let params = model.params.iter();
-    let bytes = |p: &Param| device_bytes(p, model.dtype, model.platform);
+    let bytes = |p: &Param| model.devices().bytes(p);
     let total = params.iter().map(|p| bytes(p)).sum();
     let (next, done) = (AtomicUsize::new(0), AtomicU64::new(0));
     let one = |i: usize| -> Result<Vec<Array>, Error> {
         let arrays = match params[i].packing {
-            Some(packing) => upload_packed(checkpoint, stored[i], packing, model, placement)?,
+            Some(packing) => upload_packed(checkpoint, stored[i], params[i], packing, model, placement)?,
             None => vec![upload_one(checkpoint, stored[i], params[i], model, placement)?],
         };
         let bytes = bytes(params[i]);
@@ -62,25 +63,40 @@ pub fn upload(
     Ok(arrays.into_iter().flat_map(|(_, arrays)| arrays).collect())
 }
 
-/// Puts the arrays of a packed parameter on the device, in place where the file has them.
+/// Puts the arrays of a packed parameter, which the checkpoint has as `stored`, on the devices: in place where one device takes them as
+/// the file has them, else each device's part in the order of the floats' axes.
 fn upload_packed(
     checkpoint: &Checkpoint,
     stored: &Param,
+    param: &Param,
     packing: Packing,
     model: &Blueprint,
     placement: &Placement,
 ) -> Result<Vec<Array>, Error> {
     let PackedArrays { q, scales, mins, .. } = checkpoint.packed(stored, packing)?;
-    let param = Param { packing: Some(packing), ..stored.clone() };
-    let arrays = device_arrays(&param, model.dtype, model.platform);
-    let upload = |(bytes, (_, dtype, shape)): (ArrayBytes, (String, DType, Vec<usize>))| {
-        let data = HostData::Shared(match bytes {
+    let data = |bytes: ArrayBytes| -> Result<HostData<'static>, Error> {
+        Ok(HostData::Shared(match bytes {
             ArrayBytes::File(bytes) => Arc::new(MappedBytes::new(&bytes.file, bytes.range)?),
             ArrayBytes::Memory(bytes) => Arc::new(bytes),
-        });
-        placement.upload(dtype, &shape, None, |_| Ok(data.clone()))
+        }))
     };
-    [Some(q), Some(scales), mins].into_iter().flatten().zip(arrays).map(upload).collect()
+    let packed = [Some(q), Some(scales), mins].into_iter().flatten().map(data).collect::<Result<Vec<_>, _>>()?;
+    let devices = model.devices();
+    let blocks = Blocks::new(stored, packing).filter(|_| !devices.in_blocks());
+    let upload = |(i, (bytes, array)): (usize, (&HostData<'static>, DeviceArray))| {
+        let sharding = sharding(model, &array.logical, &array.shape);
+        placement.upload(array.dtype, &array.shape, sharding.as_ref(), |part| {
+            let Some(blocks) = &blocks else { return Ok(bytes.clone()) };
+            let source = source(stored, param, part);
+            let shape: Vec<usize> = part.iter().map(|range| range.len()).collect();
+            let own = match i {
+                0 => blocks.codes(bytes.bytes(), &source, &shape),
+                _ => blocks.scales(bytes.bytes(), &source, &shape),
+            };
+            Ok(HostData::Shared(Arc::new(own.map_err(|e| no_memory(&param.name, e))?)))
+        })
+    };
+    packed.iter().zip(devices.arrays(param)).enumerate().map(upload).collect()
 }
 
 /// Puts a parameter, which the checkpoint has as `stored`, on the devices as `param`.
@@ -91,10 +107,9 @@ fn upload_one(
     model: &Blueprint,
     placement: &Placement,
 ) -> Result<Array, Error> {
-    let dtype = device_dtype(param, model.dtype, model.platform);
+    let dtype = model.devices().float(param);
     let host = host_dtype(dtype)?;
-    let one = CacheOptions::default().shape(1, 1, dtype, model.platform);
-    let sharding = model.sharding(&one, &param.logical, &param.shape);
+    let sharding = sharding(model, &param.logical, &param.shape);
     placement.upload(dtype, &param.shape, sharding.as_ref(), |part| {
         let source = source(stored, param, part);
         let place = if stored.dtype == host { checkpoint.place_part(stored, &source)? } else { None };
@@ -110,6 +125,11 @@ fn upload_one(
     })
 }
 
+/// How a parameter, or an array of one, lies on the mesh: the same in every program.
+fn sharding(model: &Blueprint, logical: &[&str], shape: &[usize]) -> Option<Sharding> {
+    model.sharding(&model.cache_shape(&CacheOptions::default(), 1, 1), logical, shape)
+}
+
 /// The part of the stored parameter that is behind a part of it on the mesh, where key/value heads may stand several times
 /// and the vocabulary may be longer.
 fn source(stored: &Param, param: &Param, part: &[Range<usize>]) -> Vec<Range<usize>> {
@@ -120,16 +140,22 @@ fn source(stored: &Param, param: &Param, part: &[Range<usize>]) -> Vec<Range<usi
                 let times = on_mesh / n;
                 range.start / times..range.end.div_ceil(times)
             }
-            _ => range.start.min(n)..range.end.min(n),
+            // Only it is padded; along others a part may count groups.
+            "vocab" => range.start.min(n)..range.end.min(n),
+            _ => range,
         }
     };
     (0..part.len()).map(range).collect()
 }
 
+fn no_memory(name: &str, error: std::io::Error) -> Error {
+    Error::Empty(format!("{name}: {error}"))
+}
+
 /// The array with zeros behind, so that it has the sizes of `part`.
 fn pad(array: &HostArray, part: &[Range<usize>], name: &str) -> Result<HostArray, Error> {
     let shape: Vec<usize> = part.iter().map(|range| range.len()).collect();
-    let mut padded = HostArray::zeros(array.dtype(), &shape).map_err(|e| Error::Empty(format!("{name}: {e}")))?;
+    let mut padded = HostArray::zeros(array.dtype(), &shape).map_err(|e| no_memory(name, e))?;
     let axis = (0..shape.len()).find(|&axis| array.shape()[axis] != shape[axis]).unwrap_or(0);
     let inner = array.dtype().size() * shape[axis + 1..].iter().product::<usize>();
     let (from, to) = (array.shape()[axis] * inner, shape[axis] * inner);

@@ -123,7 +123,7 @@ fn an_executable_loads_where_it_was_compiled_for() {
             model: "tiny",
             cfg: checkpoint.config(),
             params: checkpoint.params(),
-            dtype: DType::F32,
+            precision: DType::F32.into(),
             step: Step::Decode,
             batch,
             len: 256,

@@ -10,9 +10,9 @@ use xllama::generation::sampling::{SamplerArgs, SamplerSpec, sample};
 use xllama::model::{mlp, rms_norm};
 use xllama::params::{Mlp, Weight};
 use xllama::precision::{Integers, Precision};
-use xllama::runtime::{CacheOptions, Engine, LoadOptions, Session, compile_options, device, register_kernels};
+use xllama::runtime::{CacheOptions, Engine, LoadOptions, compile_options, device, register_kernels};
 
-use crate::support::{golden, plugin};
+use crate::support::{golden, logits, plugin};
 
 fn engine(case: &str, precision: Precision, cache: Option<DType>, kernels: bool) -> Engine {
     let (plugin, client) = device::open(plugin(), 1).expect("the plugin opens");
@@ -20,21 +20,6 @@ fn engine(case: &str, precision: Precision, cache: Option<DType>, kernels: bool)
     let options = LoadOptions { precision, kernels, ..LoadOptions::new(DType::F32, None) };
     let engine = Engine::load(plugin, client, &checkpoint, options, &|_, _| ()).expect("it loads");
     engine.with_cache(CacheOptions { dtype: cache, ..CacheOptions::default() })
-}
-
-/// The logits of a prompt and two single tokens of one slot; then of three slots with prompts of different lengths.
-fn logits(engine: &Engine) -> Vec<f32> {
-    let vocab = engine.config().vocab_size;
-    let ids = |n: usize, salt: usize| (0..n).map(|i| ((i * 31 + i * i * salt) % vocab) as u32).collect::<Vec<_>>();
-    let mut all = Vec::new();
-    for (slots, steps) in [(1, &[(40, 48), (1, 1), (1, 1)][..]), (3, &[(20, 24), (1, 1)])] {
-        let mut session = Session::new(engine, slots, 96).expect("a session");
-        for &(n, padded) in steps {
-            let rows: Vec<Vec<u32>> = (0..slots).map(|slot| ids(n - slot.min(n - 1), slot + padded + 1)).collect();
-            all.extend(session.logits(&rows, padded).expect("logits"));
-        }
-    }
-    all
 }
 
 /// The largest difference, as a share of the largest logit.
@@ -72,6 +57,7 @@ fn models_agree_with_their_definition() {
     check("gqa2", DType::F16.into(), None, half);
     for packing in [Packing::INT8, Packing::INT4] {
         check("gqa2", packed(packing), Some(DType::F32), codes);
+        check("mixtral-5x3", packed(packing), Some(DType::F32), codes);
     }
     assert!(failed.is_empty(), "{}", failed.join("\n"));
 }

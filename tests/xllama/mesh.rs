@@ -180,7 +180,7 @@ fn sampling_gathers_no_vocabulary() {
     let (cfg, params, mesh) = (checkpoint.config(), checkpoint.params(), mesh("model=2"));
     let model = Blueprint::new(cfg, params, DType::F32, mesh, Platform::Cpu).expect("it divides");
     let (_, client) = device::open(plugin(), 2).expect("the plugin opens");
-    let cache = CacheOptions::default().shape(2, 256, DType::F32, Platform::Cpu);
+    let cache = model.cache_shape(&CacheOptions::default(), 2, 256);
     let random = SamplerSpec { random: true, typical: true, penalties: true, bias: true, log_probabilities: Some(40) };
     for sampler in [SamplerSpec::default(), random] {
         let spec = StepSpec { tokens: 1, cache, read_len: 256, output: Output::Token(sampler) };

@@ -14,7 +14,7 @@ use safetensors::{Dtype, SafeTensors};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use xla::wheel::{self, FetchOptions};
-use xllama::runtime::{Engine, LoadOptions, device};
+use xllama::runtime::{Engine, LoadOptions, Session, device};
 use xllama::sharding::MeshShape;
 
 /// What a run of the program left behind.
@@ -159,6 +159,21 @@ pub(crate) fn engine_on(folder: &Path, mesh: MeshShape) -> Engine {
     Engine::load(plugin, client, &checkpoint, options, &|_, _| ()).expect("it loads")
 }
 
+/// The logits of a prompt and two single tokens of one slot; then of three slots with prompts of different lengths.
+pub(crate) fn logits(engine: &Engine) -> Vec<f32> {
+    let vocab = engine.config().vocab_size;
+    let ids = |n: usize, salt: usize| (0..n).map(|i| ((i * 31 + i * i * salt) % vocab) as u32).collect::<Vec<_>>();
+    let mut all = Vec::new();
+    for (slots, steps) in [(1, &[(40, 48), (1, 1), (1, 1)][..]), (3, &[(20, 24), (1, 1)])] {
+        let mut session = Session::new(engine, slots, 96).expect("a session");
+        for &(n, padded) in steps {
+            let rows: Vec<Vec<u32>> = (0..slots).map(|slot| ids(n - slot.min(n - 1), slot + padded + 1)).collect();
+            all.extend(session.logits(&rows, padded).expect("logits"));
+        }
+    }
+    all
+}
+
 /// A Llama of one small layer in memory, float32.
 #[derive(Clone)]
 pub(crate) struct Tiny {
@@ -189,6 +204,10 @@ impl Tiny {
             "attention_bias": false, "mlp_bias": false, "tie_word_embeddings": false, "bos_token_id": 1,
             "eos_token_id": 2, "rope_theta": 10000.0, "torch_dtype": "float32",
         });
+        Tiny::zeros_of(config)
+    }
+
+    fn zeros_of(config: Value) -> Tiny {
         let cfg = ModelConfig::from_value(&config, Path::new("config.json")).expect("a valid configuration");
         let params = Llama::declare(&cfg).hf_tensors().into_iter().map(|tensor| {
             let value = if tensor.name.contains("norm") { 1.0 } else { 0.0 };
@@ -200,15 +219,25 @@ impl Tiny {
 
     /// Every weight at random: what it says means nothing, but depends on all of the text.
     pub(crate) fn random() -> Tiny {
-        let mut tiny = Tiny { tokenizer: Some("byte_level"), ..Tiny::zeros(VOCAB, 20) };
+        Tiny { tokenizer: Some("byte_level"), ..Tiny::zeros(VOCAB, 20) }.randomized()
+    }
+
+    /// The same of another shape: a Llama with these keys of its config.json changed.
+    pub(crate) fn random_of(changes: Value) -> Tiny {
+        let mut config = Tiny::zeros(8, 8).config;
+        config.as_object_mut().expect("an object").extend(changes.as_object().expect("an object").clone());
+        Tiny::zeros_of(config).randomized()
+    }
+
+    fn randomized(mut self) -> Tiny {
         let mut state = 1u64;
-        for (name, (_, values)) in &mut tiny.tensors {
+        for (name, (_, values)) in &mut self.tensors {
             for value in values.iter_mut().filter(|_| !name.contains("norm")) {
                 state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
                 *value = (state >> 40) as f32 / (1 << 23) as f32 - 1.0;
             }
         }
-        tiny
+        self
     }
 
     /// After the first token it says the bytes of `text`, each of which may stand there once, and then the id `then`

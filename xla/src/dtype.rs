@@ -42,6 +42,15 @@ impl DType {
         }
     }
 
+    /// Bits of one element as StableHLO counts them.
+    pub fn bits(self) -> usize {
+        match self {
+            DType::Pred => 1,
+            DType::I4 | DType::U4 => 4,
+            _ => 8 * self.size(),
+        }
+    }
+
     /// The name StableHLO uses (`i1`, `i4`, `ui8`, `f8E4M3FN`, `bf16`, …).
     pub fn name(self) -> &'static str {
         match self {

@@ -57,6 +57,17 @@ impl Values<'_> {
     }
 }
 
+impl<'a> Values<'a> {
+    /// Those from `i / count` of them on, as many.
+    fn part(self, i: usize, count: usize) -> Values<'a> {
+        match self {
+            Values::F32(values) => Values::F32(crate::packed::part(values, i, count)),
+            Values::Bf16(values) => Values::Bf16(crate::packed::part(values, i, count)),
+            Values::F16(values) => Values::F16(crate::packed::part(values, i, count)),
+        }
+    }
+}
+
 /// Which axis of a float weight lies together.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Order {
@@ -84,6 +95,19 @@ pub struct Linear<'a> {
 }
 
 impl Linear<'_> {
+    /// Number `i` of `count` weights of this shape, whose arrays lie one behind the other in this one's.
+    ///
+    /// # Panics
+    /// If there is no such one.
+    pub fn part(&self, i: usize, count: usize) -> Self {
+        assert!(i < count, "one of {count} weights required, found number {i}");
+        let weight = match self.weight {
+            Weight::Rows { values, order } => Weight::Rows { values: values.part(i, count), order },
+            Weight::Packed(packed) => Weight::Packed(packed.part(i, count)),
+        };
+        Linear { weight, ..*self }
+    }
+
     fn check(&self) {
         match &self.weight {
             Weight::Rows { values, .. } => assert!(

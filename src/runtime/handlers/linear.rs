@@ -21,7 +21,7 @@ impl Handler for Linear {
         let n = |i| size(frame.result_array(i)?.dims(), 1, "result");
         let n: Vec<usize> = (0..results).map(n).collect::<Result<_, _>>()?;
         let (x, rows, k) = input(frame)?;
-        let weights = weights(frame, k, &n, order)?;
+        let weights = weights(frame, &n.iter().map(|&n| (k, n)).collect::<Vec<_>>(), order)?;
         let mut out: Vec<&mut [f32]> = (0..results).map(|i| frame.result(i)).collect::<Result<_, _>>()?;
         linear(Isa::detected(), &XlaPool::new(frame), x, rows, &weights, None, &mut out);
         Ok(())
@@ -35,16 +35,10 @@ impl Handler for Gated {
     const NAME: &'static str = GATED;
 
     fn call(frame: &mut CallFrame<'_>) -> Result<(), FfiError> {
-        let activation = match frame.attribute("activation")? {
-            "silu" => Activation::Silu,
-            "gelu" => Activation::Gelu,
-            "gelu_tanh" => Activation::GeluTanh,
-            "relu" => Activation::Relu,
-            other => return Err(FfiError::invalid(format!("unknown activation {other:?}"))),
-        };
+        let activation = activation(frame)?;
         let n = size(frame.result_array(0)?.dims(), 1, "result")?;
         let (x, rows, k) = input(frame)?;
-        let weights = weights(frame, k, &[n, n], Order::Kn)?;
+        let weights = weights(frame, &[(k, n), (k, n)], Order::Kn)?;
         let out = frame.result(0)?;
         gated(Isa::detected(), &XlaPool::new(frame), x, rows, &weights[0], &weights[1], activation, out);
         Ok(())
@@ -62,34 +56,50 @@ impl Handler for TakeRows {
         // (V, M), or codes (V/16, M/g, bytes), whose padding counts as rows here: no id is as large.
         let table = frame.arg_array(1)?.dims();
         let n = size(table, 0, "the table")? * if table.len() == 3 { kernels::packed::BLOCK } else { 1 };
-        let table = weights(frame, k, &[n], Order::Nk)?;
+        let table = weights(frame, &[(k, n)], Order::Nk)?;
         take_rows(&table[0], frame.arg(0)?, frame.result(0)?);
         Ok(())
     }
 }
 
+/// What the attribute `activation` says.
+pub(super) fn activation(frame: &CallFrame<'_>) -> Result<Activation, FfiError> {
+    Ok(match frame.attribute("activation")? {
+        "silu" => Activation::Silu,
+        "gelu" => Activation::Gelu,
+        "gelu_tanh" => Activation::GeluTanh,
+        "relu" => Activation::Relu,
+        other => return Err(FfiError::invalid(format!("unknown activation {other:?}"))),
+    })
+}
+
 /// x (rows, K).
-fn input<'a>(frame: &CallFrame<'a>) -> Result<(&'a [f32], usize, usize), FfiError> {
+pub(super) fn input<'a>(frame: &CallFrame<'a>) -> Result<(&'a [f32], usize, usize), FfiError> {
     let dims = frame.arg_array(0)?.dims();
     Ok((frame.arg(0)?, size(dims, 0, "x")?, size(dims, 1, "x")?))
 }
 
-/// The weights behind the first argument, which contract `k` terms into `n` outputs each, as the attributes `groups` and
-/// `mins` say.
-fn weights<'a>(frame: &CallFrame<'a>, k: usize, n: &[usize], order: Order) -> Result<Vec<Matrix<'a>>, FfiError> {
+/// The weights behind the first argument, each of which contracts K terms into N outputs, as the attributes `groups` and `mins`
+/// say; where there are experts, those of all of them.
+pub(super) fn weights<'a>(
+    frame: &CallFrame<'a>,
+    shapes: &[(usize, usize)],
+    order: Order,
+) -> Result<Vec<Matrix<'a>>, FfiError> {
     let (groups, mins): (&[i64], &[i64]) = (frame.attribute("groups")?, frame.attribute("mins")?);
-    if groups.len() != n.len() || mins.len() != n.len() {
-        let found = format!("{} weights required, found {} groups and {} mins", n.len(), groups.len(), mins.len());
+    if groups.len() != shapes.len() || mins.len() != shapes.len() {
+        let found = format!("{} weights required, found {} groups and {} mins", shapes.len(), groups.len(), mins.len());
         return Err(FfiError::invalid(found));
     }
     let mut next = 1..;
     let mut next = || next.next().unwrap_or_default();
-    let one = |((&n, &group), &mins): ((&usize, &i64), &i64)| {
+    let one = |((&(k, n), &group), &mins): ((&(usize, usize), &i64), &i64)| {
         let weight = match usize::try_from(group).unwrap_or(0) {
             0 => Weight::Rows { values: values(frame, next())?, order },
             group => {
                 let i = next();
-                let bytes = size(frame.arg_array(i)?.dims(), 2, "codes")?;
+                let codes = frame.arg_array(i)?.dims();
+                let bytes = size(codes, codes.len().saturating_sub(1), "codes")?;
                 let bits = if bytes == group * kernels::packed::BLOCK { Bits::Eight } else { Bits::Four };
                 let (q, scales) = (frame.arg(i)?, scales(frame, next())?);
                 let mins = if mins == 0 { None } else { Some(self::scales(frame, next())?) };
@@ -98,7 +108,7 @@ fn weights<'a>(frame: &CallFrame<'a>, k: usize, n: &[usize], order: Order) -> Re
         };
         Ok(Matrix { weight, k, n })
     };
-    n.iter().zip(groups).zip(mins).map(one).collect()
+    shapes.iter().zip(groups).zip(mins).map(one).collect()
 }
 
 fn values<'a>(frame: &CallFrame<'a>, i: usize) -> Result<Values<'a>, FfiError> {

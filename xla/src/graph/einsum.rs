@@ -3,7 +3,6 @@
 use std::panic::Location;
 
 use super::aval::Aval;
-use super::ops::convert::bits;
 use super::tensor::Tensor;
 use crate::DType;
 
@@ -166,7 +165,7 @@ fn sum_private(x: &Tensor, letters: &[char], other: &[char], out: &[char]) -> (T
 /// The element type that holds both: the float of a float and an integer, else the wider; f32 for two floats of one
 /// width. Two 4-bit types give an 8-bit one, as the CPU has no 4-bit products.
 fn promote(left: DType, right: DType) -> DType {
-    let wider = if bits(left) >= bits(right) { left } else { right };
+    let wider = if left.bits() >= right.bits() { left } else { right };
     match (left.is_float(), right.is_float()) {
         (true, true) if left != right && left.size() == right.size() => DType::F32,
         (true, false) => left,

@@ -36,7 +36,8 @@ pub enum HostData<'a> {
 }
 
 impl HostData<'_> {
-    pub(super) fn bytes(&self) -> &[u8] {
+    /// The memory.
+    pub fn bytes(&self) -> &[u8] {
         match self {
             HostData::Borrowed(bytes) => bytes,
             HostData::Shared(owner) => (**owner).as_ref(),

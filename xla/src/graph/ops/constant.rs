@@ -80,10 +80,7 @@ impl Scalar {
 
 /// Smallest and largest value of an integer type.
 pub(crate) fn integer_range(dtype: DType) -> (i128, i128) {
-    let bits = match dtype {
-        DType::I4 | DType::U4 => 4,
-        _ => 8 * dtype.size() as u32,
-    };
+    let bits = dtype.bits() as u32;
     if dtype.is_signed() { (-(1 << (bits - 1)), (1 << (bits - 1)) - 1) } else { (0, (1 << bits) - 1) }
 }
 

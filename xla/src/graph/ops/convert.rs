@@ -30,15 +30,6 @@ impl Op for Convert {
     }
 }
 
-/// Number of bits of an element as StableHLO counts them.
-pub(crate) fn bits(dtype: DType) -> usize {
-    match dtype {
-        DType::Pred => 1,
-        DType::I4 | DType::U4 => 4,
-        _ => 8 * dtype.size(),
-    }
-}
-
 /// The same bits read as another element type. To a narrower type a last axis is added, to a wider one the last axis
 /// is folded into it.
 #[derive(Clone, Debug)]
@@ -56,7 +47,7 @@ impl Op for BitcastConvert {
 
     fn infer(&self, inputs: &[&Aval]) -> Result<Vec<Aval>, String> {
         let x = inputs[0];
-        let (from, to) = (bits(x.dtype), bits(self.dtype));
+        let (from, to) = (x.dtype.bits(), self.dtype.bits());
         let mut shape = x.shape.clone();
         if (from == 1) != (to == 1) {
             return Err(format!("pred has no bits to read as another type: {x} to {}; use cast", self.dtype));
