@@ -3,7 +3,7 @@
 
 pub use converter::layout::{Attention, DecoderBlock, FeedForward, Llama, Mlp, Moe, Param};
 use xla::DType;
-use xla::graph::{ArgAttrs, Graph, Tensor};
+use xla::graph::{ArgAttrs, Graph, Platform, Tensor};
 
 mod devices;
 mod grouped;
@@ -43,7 +43,8 @@ pub fn declare_args(g: &Graph, params: &Llama<Param>, devices: Devices) -> Llama
                 arrays,
             }),
             (Some(packing), _, Some(axis)) => {
-                Weight::Grouped(Grouped { axis, group: packing.format.group, dtype: devices.dtype, arrays })
+                let (shape, group) = (p.shape.clone(), packing.format.group);
+                Weight::Grouped(Grouped { shape, axis, group, dtype: devices.dtype, arrays })
             }
             _ => Weight::Float(arrays.remove(0)),
         }
@@ -53,10 +54,10 @@ pub fn declare_args(g: &Graph, params: &Llama<Param>, devices: Devices) -> Llama
 
 /// The parameters with the shapes that they have on a mesh: key/value heads repeated where there are more devices, the
 /// vocabulary padded to what they divide.
-pub fn on_mesh(params: &Llama<Param>, cfg: &ModelConfig, mesh: MeshShape) -> Llama<Param> {
+pub fn on_mesh(params: &Llama<Param>, cfg: &ModelConfig, mesh: MeshShape, platform: Platform) -> Llama<Param> {
     let size = |(&n, &logical): (&usize, &&str)| match logical {
         "kv_heads" => mesh.kv_heads(cfg),
-        "vocab" => mesh.vocab(cfg),
+        "vocab" => mesh.vocab(cfg, platform),
         _ => n,
     };
     params.clone().map(&mut |p| Param { shape: p.shape.iter().zip(&p.logical).map(size).collect(), ..p })

@@ -23,7 +23,7 @@ pub fn mlp(p: &Mlp<Weight>, x: &Tensor, cfg: &ModelConfig) -> Tensor {
             activation(&gate, cfg.hidden_act) * up
         }
     };
-    if h.graph().platform() == Platform::Tpu {
+    if h.graph().platform() == Platform::Tpu && matches!(p.down_proj, Weight::Float(_)) {
         // Else its compiler may make one program of up and down, which reads their weights more slowly than two.
         h = h.graph().optimization_barrier(&[&h.cast(p.down_proj.dtype())]).remove(0);
     }

@@ -35,23 +35,28 @@ pub(super) fn product(
     rows: usize,
     devices: impl Fn(char) -> usize,
 ) -> Tensor {
-    let whole = |x: &Tensor, weight: &Weight| einsum_as(equation, x, &weight.float(), DType::F32);
-    let large = weight.tensors()[0];
-    let Some((axis, length)) = cut(equation, large, rows, devices) else { return whole(x, weight) };
+    let weight = match weight {
+        Weight::Float(weight) => weight,
+        // To make floats of integers takes longer than to read them.
+        Weight::Grouped(grouped) => {
+            let letter = char::from(letters(equation)[1].as_bytes()[grouped.axis]);
+            return grouped.product(equation, x, devices(letter) > 1);
+        }
+        Weight::Packed(packed) => &packed.unpack(),
+    };
+    let whole = |x: &Tensor, weight: &Tensor| einsum_as(equation, x, weight, DType::F32);
+    let Some((axis, length)) = cut(equation, weight, rows, devices) else { return whole(x, weight) };
     let letter = letters(equation)[1].as_bytes()[axis];
     let of_x = letters(equation)[0].bytes().position(|of| of == letter).unwrap_or(0);
 
     let mut before: Option<Tensor> = None;
     let mut total: Option<Tensor> = None;
-    for start in (0..weight.shape()[axis]).step_by(length) {
-        let n = length.min(weight.shape()[axis] - start);
-        let part = weight.cut(axis, start, n, |i, tensor, cut| match i {
-            0 => piece(tensor, before.as_ref(), cut),
-            _ => cut(tensor),
-        });
-        let y = whole(&x.narrow(of_x as isize, start, n), &part);
+    for start in (0..weight.dim(axis as isize)).step_by(length) {
+        let n = length.min(weight.dim(axis as isize) - start);
+        let piece = piece(weight, before.as_ref(), |weight| weight.narrow(axis as isize, start, n));
+        let y = whole(&x.narrow(of_x as isize, start, n), &piece);
         total = Some(total.map_or(y.clone(), |total| total + &y));
-        before = Some(part.tensors()[0].clone());
+        before = Some(piece);
     }
     total.unwrap_or_else(|| whole(x, weight))
 }
@@ -79,7 +84,7 @@ fn letters(equation: &str) -> [&str; 3] {
 fn cut(equation: &str, weight: &Tensor, rows: usize, devices: impl Fn(char) -> usize) -> Option<(usize, usize)> {
     let [_, right, result] = letters(equation);
     let shared: usize = right.chars().map(&devices).product();
-    let bytes = weight.shape().iter().product::<usize>() * weight.dtype().bits() / 8 / shared;
+    let bytes = weight.shape().iter().product::<usize>() * weight.dtype().size() / shared;
     if weight.graph().platform() != Platform::Tpu || rows > ROWS || bytes <= WHOLE {
         return None;
     }

@@ -39,7 +39,8 @@ impl Devices {
         self.mesh.devices() == 1 && self.platform == Platform::Cpu
     }
 
-    /// `packing`, if these devices can have the parameter so: a group lies on one device. Else it is widened.
+    /// `packing`, if these devices can have the parameter so: a group lies on one device. Else it is widened; and so is the embedding on
+    /// a TPU, which cannot address one row of bytes, and would copy the whole table for a lookup, and again for a head.
     pub fn packing(&self, param: &Param, packing: Packing) -> Option<Packing> {
         let axis = param.group_axis()?;
         // What fsdp splits is whole again before it is used.
@@ -48,7 +49,8 @@ impl Devices {
             _ => 1,
         };
         let divides = param.shape[axis].is_multiple_of(packing.format.group * devices);
-        (self.in_blocks() || divides).then_some(packing)
+        let looked_up = self.platform == Platform::Tpu && param.axes == "VM";
+        (self.in_blocks() || (divides && !looked_up)).then_some(packing)
     }
 
     /// The type that a parameter has where it is not packed. Vectors, which are used in f32, are kept so on a TPU: each cast would
@@ -72,13 +74,15 @@ impl Devices {
         };
         let format = packing.format;
         let scale = match packing.scales {
+            // A TPU computes with f16 by many steps.
+            _ if self.platform == Platform::Tpu => DType::F32,
             ScaleType::F16 => DType::F16,
             ScaleType::F32 => DType::F32,
         };
         let mut scales = match self.in_blocks() {
             true => vec![array("scales", scale, packing.scales_shape(of), Vec::new())],
             false => {
-                let (mut shape, mut logical) = (param.shape.clone(), param.logical.clone());
+                let (mut shape, mut logical) = joined(param, axis);
                 shape[axis] /= format.group;
                 if logical[axis] == "embed" && !shape[axis].is_multiple_of(self.mesh.fsdp) {
                     logical[axis] = "hidden";
@@ -97,7 +101,8 @@ impl Devices {
                     (Bits::Four, false) => DType::I4,
                     (Bits::Four, true) => DType::U4,
                 };
-                array("q", dtype, param.shape.clone(), param.logical.clone())
+                let (shape, logical) = joined(param, axis);
+                array("q", dtype, shape, logical)
             }
         };
         std::iter::once(codes).chain(scales).collect()
@@ -107,5 +112,14 @@ impl Devices {
     pub fn bytes(&self, param: &Param) -> u64 {
         let bits = |array: &DeviceArray| array.shape.iter().product::<usize>() * array.dtype.bits();
         self.arrays(param).iter().map(|array| bits(array).div_ceil(8) as u64).sum()
+    }
+}
+
+/// The axes of the arrays of a parameter in groups along `axis`: those behind it are one, which lies as the first of them.
+fn joined(param: &Param, axis: usize) -> (Vec<usize>, Vec<&'static str>) {
+    let (shape, behind) = param.shape.split_at(axis + 1);
+    match behind {
+        [] => (shape.to_vec(), param.logical.clone()),
+        _ => ([shape, &[behind.iter().product()]].concat(), param.logical[..axis + 2].to_vec()),
     }
 }

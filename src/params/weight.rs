@@ -57,22 +57,6 @@ impl Weight {
         }
     }
 
-    /// `n` terms from `start` on along an axis of the floats, whole groups where it is theirs: `f` makes the part of tensor number i, with
-    /// what cuts it.
-    #[track_caller]
-    pub fn cut(
-        &self,
-        axis: usize,
-        start: usize,
-        n: usize,
-        f: impl Fn(usize, &Tensor, &dyn Fn(&Tensor) -> Tensor) -> Tensor,
-    ) -> Weight {
-        match self {
-            Weight::Grouped(grouped) => Weight::Grouped(grouped.cut(axis, start, n, f)),
-            floats => Weight::Float(f(0, &floats.float(), &|x| x.narrow(axis as isize, start, n))),
-        }
-    }
-
     /// It as integers in blocks, if that is what it is.
     pub fn packed(&self) -> Option<&Packed> {
         match self {
@@ -86,7 +70,7 @@ impl Weight {
         match self {
             Weight::Float(tensor) => tensor.shape(),
             Weight::Packed(packed) => &packed.shape,
-            Weight::Grouped(grouped) => grouped.arrays[0].shape(),
+            Weight::Grouped(grouped) => &grouped.shape,
         }
     }
 

@@ -101,7 +101,7 @@ impl Blueprint {
             let packing = precision.packing(&p).and_then(|packing| devices.packing(&p, packing));
             Param { packing, ..p }
         };
-        let params = params::on_mesh(params, cfg, mesh).map(&mut |p| packed(p));
+        let params = params::on_mesh(params, cfg, mesh, platform).map(&mut |p| packed(p));
         let n_kv_heads = mesh.kv_heads(cfg);
         let mut cfg = cfg.clone();
         cfg.n_kv_heads = n_kv_heads;
@@ -176,7 +176,7 @@ impl Blueprint {
 
     /// V with the padding that the mesh asks for.
     pub fn vocab(&self) -> usize {
-        self.mesh.vocab(&self.cfg)
+        self.mesh.vocab(&self.cfg, self.platform)
     }
 
     /// How an array with these logical axes lies on the mesh in programs over `cache`; `None` without a mesh.

@@ -4,6 +4,7 @@ use std::io;
 use std::ops::Range;
 
 use converter::{HostBytes, Packing, Param};
+use half::f16;
 
 /// A packed parameter as a checkpoint has it.
 pub(super) struct Blocks<'a> {
@@ -52,14 +53,21 @@ impl<'a> Blocks<'a> {
         Ok(out)
     }
 
-    /// The scales, or minima, `source` of `bytes` likewise; along the axis of the groups `source` and `shape` count these.
+    /// The scales, or minima, `source` of `bytes` likewise, widened to float32 where `size` is 4; along the axis of the groups `source`
+    /// and `shape` count these.
     ///
     /// # Errors
     /// Not enough memory.
-    pub(super) fn scales(&self, bytes: &[u8], source: &[Range<usize>], shape: &[usize]) -> io::Result<HostBytes> {
+    pub(super) fn scales(
+        &self,
+        bytes: &[u8],
+        size: usize,
+        source: &[Range<usize>],
+        shape: &[usize],
+    ) -> io::Result<HostBytes> {
         let format = self.packing.format;
         let [terms, outputs] = self.sizes;
-        let size = self.packing.scales.dtype().size();
+        let stored = self.packing.scales.dtype().size();
         let expert: usize = format.scales_shape(terms, outputs).iter().product();
         let mut strides = self.strides.clone();
         if let Some(axis) = self.param.group_axis() {
@@ -69,7 +77,11 @@ impl<'a> Blocks<'a> {
         let scales = out.as_mut();
         walk(&strides, source, shape, |to, [e, k, n]| {
             let from = e * expert + format.scale(k / format.group, n, terms);
-            scales[to * size..][..size].copy_from_slice(&bytes[from * size..][..size]);
+            let (own, to) = (&bytes[from * stored..][..stored], &mut scales[to * size..][..size]);
+            match own {
+                &[a, b] if size > stored => to.copy_from_slice(&f16::from_le_bytes([a, b]).to_f32().to_le_bytes()),
+                own => to.copy_from_slice(own),
+            }
         });
         Ok(out)
     }
@@ -168,7 +180,7 @@ mod tests {
         let (mut groups, mut grouped) = (source.clone(), wide);
         groups[group] = source[group].start / 16..source[group].end / 16;
         grouped[group] /= 16;
-        let scales = blocks.scales(&scales, &groups, &grouped).expect("memory");
+        let scales = blocks.scales(&scales, 4, &groups, &grouped).expect("memory");
         let scales: Vec<f32> = scales.as_ref().as_chunks().0.iter().map(|&b| f32::from_le_bytes(b)).collect();
         for (i, &found) in codes.as_ref().iter().enumerate() {
             let index = [i / wide[2] / wide[1], i / wide[2] % wide[1], i % wide[2]];

@@ -87,16 +87,28 @@ fn upload_packed(
         let sharding = sharding(model, &array.logical, &array.shape);
         placement.upload(array.dtype, &array.shape, sharding.as_ref(), |part| {
             let Some(blocks) = &blocks else { return Ok(bytes.clone()) };
-            let source = source(stored, param, part);
+            let part = with_all_axes(part, param);
+            let source = source(stored, param, &part);
             let shape: Vec<usize> = part.iter().map(|range| range.len()).collect();
             let own = match i {
                 0 => blocks.codes(bytes.bytes(), &source, &shape),
-                _ => blocks.scales(bytes.bytes(), &source, &shape),
+                _ => blocks.scales(bytes.bytes(), array.dtype.size(), &source, &shape),
             };
             Ok(HostData::Shared(Arc::new(own.map_err(|e| no_memory(&param.name, e))?)))
         })
     };
     packed.iter().zip(devices.arrays(param)).enumerate().map(upload).collect()
+}
+
+/// The part of a parameter that is a part of an array in which its last axes are one; of these only the first is split.
+fn with_all_axes(part: &[Range<usize>], param: &Param) -> Vec<Range<usize>> {
+    let Some((joined, before)) = part.split_last().filter(|_| part.len() < param.shape.len()) else {
+        return part.to_vec();
+    };
+    let inner = &param.shape[part.len()..];
+    let width: usize = inner.iter().product();
+    let first = joined.start / width..joined.end / width;
+    before.iter().cloned().chain([first]).chain(inner.iter().map(|&n| 0..n)).collect()
 }
 
 /// Puts a parameter, which the checkpoint has as `stored`, on the devices as `param`.

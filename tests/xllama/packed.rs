@@ -62,8 +62,8 @@ fn meshes_and_accelerators_multiply_with_codes() {
             let codes = engine(&folder.path("packed"), Integers::AsStored, mesh, forms);
             let what = format!("{} {dtype} {mesh} {forms:?}", changes["model_type"]);
             let share = codes.weight_bytes() as f64 / floats.weight_bytes() as f64;
-            // A scale of 2 bytes for 32 codes, and floats where nothing is packed.
-            assert!(share < if dtype == "int8" { 0.32 } else { 0.2 }, "{what}: {share} of the floats' bytes");
+            // Of 4 bytes; with scales, more ids than there are, and on a TPU an embedding of floats.
+            assert!(share < if dtype == "int8" { 0.5 } else { 0.35 }, "{what}: {share} of the floats' bytes");
             let found = logits(&codes);
             assert_eq!(found.len(), wanted.len(), "{what}");
             let worst = found.iter().zip(&wanted).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
