@@ -9,9 +9,8 @@ Every engine reads the same checkpoint (a folder in Hugging Face form; by defaul
 prefills --prompt-tokens ids and then decodes --gen-tokens more, greedily, batch of 1.
 
 What --dtype means: llama.cpp has every matrix as F32, BF16, Q8_0 or Q4_0 and its key/value cache as f32, bf16, f16 or
-f16, as xllama has it. "Every" includes the embedding, which is also the head where the two are tied: the same as
-`llama-quantize --pure`; without --pure the head of a Q4_0 file is kept finer and decodes slower. candle has f32 weights
-or the same Q8_0 and Q4_0 file, always with a cache in f32; jax and torch have f32 and bf16. Who lacks a dtype is left
+f16, as xllama has it; beside Q4_0 the embedding and the head are Q8_0, as both programs' own conversions have them for
+this model. candle has f32 weights or the same Q8_0 and Q4_0 file, always with a cache in f32; jax and torch have f32 and bf16. Who lacks a dtype is left
 out, with a word.
 
 Each runs as a process that loads and warms up once and then does one repetition on command; the engines take turns
@@ -750,7 +749,9 @@ def write_gguf(args, config, path):
         if a.ndim == 1 or kind == gguf.GGMLQuantizationType.F32:
             writer.add_tensor(f"{target}.{suffix}", np.ascontiguousarray(a))
         else:
-            writer.add_tensor(f"{target}.{suffix}", gguf.quants.quantize(np.ascontiguousarray(a), kind), raw_dtype=kind)
+            eight = kind == gguf.GGMLQuantizationType.Q4_0 and stem in ("model.embed_tokens", "lm_head")
+            own = gguf.GGMLQuantizationType.Q8_0 if eight else kind
+            writer.add_tensor(f"{target}.{suffix}", gguf.quants.quantize(np.ascontiguousarray(a), own), raw_dtype=own)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -765,6 +766,7 @@ def gguf_of(args, config):
     key = [
         str(Path(args.model).resolve()),
         args.dtype,
+        "head in 8 bits",
         *((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files),
     ]
     path = CACHE / "bench" / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}.gguf"

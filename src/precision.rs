@@ -54,7 +54,7 @@ impl Precision {
         match self.integers {
             Integers::No => None,
             Integers::AsStored => param.packing,
-            Integers::All(packing) => param.contraction().map(|_| packing),
+            Integers::All(packing) => packing.of(param),
         }
     }
 }

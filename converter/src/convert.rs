@@ -226,8 +226,8 @@ impl Outputs {
             let first = tensor.parts[0].0;
             let param = params[first];
             let packing = match asked {
-                Some(Precision::Int8) => Some(Packing::INT8),
-                Some(Precision::Int4) => Some(Packing::INT4),
+                Some(Precision::Int8) => Packing::INT8.of(param),
+                Some(Precision::Int4) => Packing::INT4.of(param),
                 Some(Precision::Float(_)) => None,
                 None => param.packing.filter(|_| form == Form::PerHead),
             };

@@ -79,11 +79,19 @@ impl Packing {
     /// What [`Precision::Int8`] is: 8 bits, groups of 32, scales in half precision.
     pub const INT8: Packing = Packing::new(Bits::Eight, 32, ScaleType::F16, false);
 
-    /// What [`Precision::Int4`] is: 4 bits, groups of 32, scales in half precision.
+    /// What [`Precision::Int4`] is: 4 bits, groups of 32, scales in half precision; the embedding and the head as [`Packing::INT8`].
     pub const INT4: Packing = Packing::new(Bits::Four, 32, ScaleType::F16, false);
 
     pub(crate) const fn new(bits: Bits, group: usize, scales: ScaleType, mins: bool) -> Packing {
         Packing { format: Format { bits, group, mins }, scales }
+    }
+
+    /// What a parameter is packed to in a model of this packing; `None` where it is not contracted. With 4 bits in the head, or in an
+    /// embedding that is the head too, a model loses as much as with 4 bits in everything else.
+    pub fn of(self, param: &Param) -> Option<Packing> {
+        param.contraction()?;
+        let head = self == Packing::INT4 && param.axes.contains('V');
+        Some(if head { Packing::INT8 } else { self })
     }
 
     /// `int8` or `int4`.

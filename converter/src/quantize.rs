@@ -21,9 +21,10 @@ const MAX_GROUP: usize = 32;
 /// is 5 % below Q4_0's for normal weights; 24 positions gain 0.03 % more.
 const POSITIONS_OF_4: [f32; 14] = [-8.0, -8.9, -8.6, -8.3, -7.7, -7.4, -7.1, -6.8, -6.4, 7.0, 7.7, 7.4, 6.7, 6.3];
 
-/// Likewise for 8 bits: 127 is what Q8_0 has. The root of the squared error is 8 % below Q8_0's for normal weights; the first
-/// and two more give 6 %.
-const POSITIONS_OF_8: [f32; 8] = [127.0, -128.0, -127.6, -127.2, -126.8, 126.6, 126.2, -126.0];
+/// Likewise for 8 bits: 127 is what Q8_0 has, and either sign leaves the other end to the least-squares scale. Six positions more take
+/// 8 % off the root of the squared error of normal weights, and yet cost SmolLM2 0.0017 nats a token of perplexity
+/// (docs/performance.md).
+const POSITIONS_OF_8: [f32; 2] = [127.0, -127.0];
 
 /// Adding and subtracting this rounds a float32 of magnitude below 2²² to the nearest integer, to even where two are.
 const ROUND: f32 = 12_582_912.0;

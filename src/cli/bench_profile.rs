@@ -10,6 +10,8 @@ use super::table;
 
 /// Time of one decoded token, the median token where it says so.
 pub struct Profile {
+    /// Threads that kernels have.
+    threads: usize,
     /// Calls and time of each kernel, the dearest first.
     kernels: Vec<(&'static str, usize, Duration)>,
     /// From the first kernel of a token to its last, less the kernels: XLA's own operations, and handing over.
@@ -40,7 +42,8 @@ impl Profile {
         let inside: Duration = steps.iter().filter_map(|step| Some(step.last()?.end - step.first()?.start)).sum();
         let in_kernels: Duration = kernels.iter().map(|(_, _, time)| *time).sum();
         let between = gaps.get(gaps.len() / 2).copied().unwrap_or_default();
-        Profile { kernels, rest: (inside / n).saturating_sub(in_kernels), between }
+        let threads = calls.iter().map(|call| call.threads).max().unwrap_or(0);
+        Profile { threads, kernels, rest: (inside / n).saturating_sub(in_kernels), between }
     }
 
     /// Microseconds.
@@ -50,6 +53,7 @@ impl Profile {
             .iter()
             .map(|(name, calls, time)| (name.to_string(), json!({ "calls": calls, "us": micros(*time) })));
         json!({
+            "threads": self.threads,
             "kernels": kernels.collect::<serde_json::Map<_, _>>(),
             "xla_us": micros(self.rest),
             "between_tokens_us": micros(self.between),
@@ -66,7 +70,7 @@ impl Profile {
             .collect();
         rows.push(vec!["XLA's own, between kernels".into(), String::new(), us(self.rest)]);
         rows.push(vec!["between two tokens".into(), String::new(), us(self.between)]);
-        println!();
+        println!("\nkernels on {} threads", self.threads);
         table::print(&["a decoded token", "calls", "µs"], &rows, &[1, 2]);
     }
 }

@@ -1,5 +1,6 @@
 //! Options that say which model runs where, and how it is got ready.
 
+use std::num::NonZeroU16;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -33,6 +34,9 @@ pub struct DeviceArg {
     /// cpu, cuda, tpu, or the path of a PJRT plugin [default: an accelerator that is there, else cpu].
     #[arg(long, value_name = "D", env = "XLLAMA_DEVICE")]
     pub device: Option<String>,
+    /// Threads that a CPU computes with [default: as many as the process may use].
+    #[arg(long, value_name = "N")]
+    pub threads: Option<NonZeroU16>,
     #[command(flatten)]
     pub together: DistributedArgs,
 }
@@ -199,6 +203,9 @@ impl DeviceArg {
     /// A client of `devices` devices, those of other processes included; of several processes, the first alone prints from
     /// here on.
     pub fn client(&self, plugin: &Path, devices: usize) -> Result<(Plugin, Client), Error> {
+        if let Some(threads) = self.threads {
+            xla::pjrt::set_cpu_threads(threads.into());
+        }
         let process = self.together.process()?;
         let store = self.together.store(process)?;
         let (plugin, client, process) = device::open_together(plugin, devices, process, store)?;

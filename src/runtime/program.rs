@@ -168,9 +168,11 @@ impl Blueprint {
         }
     }
 
-    /// What the weights are: a float type, or the packing of the matrices.
+    /// What the weights are: a float type, or the packing of most matrices.
     pub fn weights(&self) -> &'static str {
-        let packing = self.params.iter().into_iter().find_map(|p| p.packing);
+        let packings = self.params.iter().into_iter().filter_map(|p| p.packing);
+        // The embedding and the head may have more.
+        let packing = packings.min_by_key(|packing| packing.format.codes().1);
         packing.map_or(self.dtype.name(), Packing::name)
     }
 

@@ -72,6 +72,7 @@ fn usage_errors_exit_with_2() {
         &["logits", "--tokens", "1", "--out", "x.npz", "--chunk", "2", "--decode"],
         &["bench", "--repeat", "0"],
         &["bench", "--gen-tokens", "0"],
+        &["generate", "x", "--threads", "0"],
         &["emit", "--program", "train", "--format", "stablehlo"],
         &["plugin", "install", "quantum"],
         &["plugin", "install", "cpu", "--build", "none-such"],
@@ -310,4 +311,19 @@ fn every_way_to_the_same_logits() {
     }
     let bf16 = far(&logits(&["--tokens", &list, "--dtype", "bf16"]));
     assert!((1e-4..1.0).contains(&bf16), "bf16 is another computation, but not another model: {bf16}");
+}
+
+/// As XLA says it to the kernels that it calls.
+#[test]
+fn a_cpu_computes_with_the_threads_it_is_given() {
+    let model = Tiny::random().folder();
+    let threads = |more: &[&str]| {
+        let args = ["bench", "--model", &model.model(), "--device", "cpu", "--prompt-tokens", "8", "--gen-tokens", "4"];
+        let args = args.into_iter().chain(["--repeat", "1", "--profile", "--json"]).chain(more.iter().copied());
+        run(args.collect::<Vec<_>>()).json()["profile"]["threads"].as_u64()
+    };
+    let here = std::thread::available_parallelism().expect("a number").get() as u64;
+    assert_eq!(threads(&[]), Some(here));
+    assert_eq!(threads(&["--threads", "1"]), Some(1));
+    assert_eq!(threads(&["--threads", "3"]), Some(3));
 }

@@ -239,6 +239,25 @@ fn decode_of_llama_2_on_tpu_has_the_structure_that_it_should() {
     assert!(number(&report, "cycles") > 0 && report["estimate"]["tok_s"].as_f64() > Some(0.0), "{report}");
 }
 
+/// What the codes stand for never lies in memory: floats are made of them inside of the products.
+#[test]
+fn integers_stay_integers_on_a_tpu() {
+    for dtype in ["int8", "int4"] {
+        let model = ["--model", "llama-3.1-8b", "--layers", "2", "--batch", "8", "--max-seq", "2048", "--dtype", dtype];
+        let report = tpu("v6e:1x1", &model);
+        let memory = &report["per_device"];
+        // Of each a code, and a scale of 4 bytes for 32; the head in 8 bits, the embedding in bf16.
+        let (layers, head) = (2.0 * 218_103_808.0, 128_256.0 * 4096.0);
+        let weights = layers * (if dtype == "int8" { 1.0 } else { 0.5 } + 0.125) + head * 1.125 + head * 2.0;
+        assert!((number(memory, "weights") as f64 / weights - 1.0).abs() < 0.01, "{weights}: {memory}");
+        assert!(number(memory, "temporaries") <= 64_000_000, "{memory}");
+        assert_eq!(number(&report, "copied_bytes"), 0, "a copy inside the memory: {report}");
+        // No more than 1.5 times what it takes to read everything, at 1640 GB/s and 1.75 GHz.
+        let floor = number(memory, "arguments") as f64 / 1640.0 * 1.75;
+        assert!((number(&report, "cycles") as f64) < 1.5 * floor, "{floor}: {}", report["cycles"]);
+    }
+}
+
 #[test]
 fn what_does_not_fit_a_tpu_is_a_report() {
     let report = tpu("v5e:1x1", &["--model", "llama-2-7b", "--layers", "8", "--batch", "64", "--max-seq", "4096"]);

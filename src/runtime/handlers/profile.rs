@@ -12,6 +12,8 @@ use xla::pjrt::{CallFrame, FfiError, Handler};
 pub struct KernelCall {
     /// The kernel.
     pub name: &'static str,
+    /// Threads that it had.
+    pub threads: usize,
     /// When it began.
     pub start: Instant,
     /// When it had done.
@@ -42,7 +44,8 @@ impl<H: Handler> Handler for Noted<H> {
         }
         let start = Instant::now();
         let result = H::call(frame);
-        let call = KernelCall { name: H::NAME, start, end: Instant::now() };
+        let threads = frame.thread_pool().num_threads().unwrap_or(1);
+        let call = KernelCall { name: H::NAME, threads, start, end: Instant::now() };
         CALLS.lock().unwrap_or_else(PoisonError::into_inner).push(call);
         result
     }

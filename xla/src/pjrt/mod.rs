@@ -68,6 +68,6 @@ pub use key_value::{KeyValueError, KeyValueStore};
 pub use mapped::MappedBytes;
 pub use memory_store::MemoryStore;
 pub use options::{CompileOptions, OptionOverride};
-pub use plugin::{API_VERSION, Plugin};
+pub use plugin::{API_VERSION, Plugin, set_cpu_threads};
 pub use topology::{Topology, on_tpu_vm, set_tpu_compile_environment};
 pub use value::Value;

@@ -9,6 +9,7 @@ use super::value::{self, Value};
 use super::{executable::Executable, ffi};
 use super::{library, options::CompileOptions};
 use std::collections::{BTreeMap, HashMap};
+use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
@@ -57,6 +58,8 @@ impl Plugin {
             return Ok(*plugin);
         }
         set_env_default("TF_CPP_MIN_LOG_LEVEL", "3");
+        // XLA counts the processors that the process may be scheduled on, and not what a container's quota leaves of them.
+        set_env_default(CPU_THREADS, &std::thread::available_parallelism().map_or(1, usize::from).to_string());
         if is_libtpu(path) {
             set_tpu_compile_environment();
         }
@@ -294,6 +297,16 @@ impl Inner {
         }
         Error::Plugin { doing, code, message }
     }
+}
+
+/// What XLA reads when it makes the threads of a CPU client.
+const CPU_THREADS: &str = "NPROC";
+
+/// Says how many threads the clients of CPU plugins made from here on compute with; else as many as the process may use, by its
+/// affinity and its control group. To be called before other threads run.
+pub fn set_cpu_threads(threads: NonZeroUsize) {
+    // SAFETY: as in `set_env_default`; the caller's promise stands in the documentation.
+    unsafe { std::env::set_var(CPU_THREADS, threads.to_string()) };
 }
 
 /// Sets an environment variable for the libraries to be opened, unless the user set it.
