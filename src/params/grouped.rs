@@ -120,15 +120,16 @@ impl Grouped {
 
     fn with_arrays(&self, arrays: Vec<Tensor>) -> Grouped {
         let joined = arrays[0].rank() < self.shape.len();
-        let shape = if joined { &self.shape } else { arrays[0].shape() }.to_vec();
+        let behind = if joined { &self.shape } else { arrays[0].shape() };
+        let shape = [&arrays[0].shape()[..=self.axis], &behind[self.axis + 1..]].concat();
         Grouped { arrays, shape, ..self.clone() }
     }
 
     /// Rows `ids` of the first axis, which is not that of the groups: the axes of `ids` stand for it.
     #[track_caller]
     pub fn take(&self, ids: &Tensor) -> Grouped {
-        let rows = self.each(|x| x.take(ids, 0));
-        Grouped { axis: self.axis + ids.rank() - 1, ..rows }
+        let axis = self.axis + ids.rank() - 1;
+        Grouped { axis, ..self.clone() }.with_arrays(self.arrays.iter().map(|x| x.take(ids, 0)).collect())
     }
 }
 
