@@ -3,7 +3,7 @@
 
 pub use converter::layout::{Attention, DecoderBlock, FeedForward, Llama, Mlp, Moe, Param};
 use xla::DType;
-use xla::graph::{ArgAttrs, Graph, Platform, Tensor};
+use xla::graph::{ArgAttrs, Graph, Tensor};
 
 mod devices;
 mod grouped;
@@ -53,11 +53,11 @@ pub fn declare_args(g: &Graph, params: &Llama<Param>, devices: Devices) -> Llama
 }
 
 /// The parameters with the shapes that they have on a mesh: key/value heads repeated where there are more devices, the
-/// vocabulary padded to what they divide.
-pub fn on_mesh(params: &Llama<Param>, cfg: &ModelConfig, mesh: MeshShape, platform: Platform) -> Llama<Param> {
+/// vocabulary padded to what they divide in parts that are multiples of `whole`.
+pub fn on_mesh(params: &Llama<Param>, cfg: &ModelConfig, mesh: MeshShape, whole: usize) -> Llama<Param> {
     let size = |(&n, &logical): (&usize, &&str)| match logical {
         "kv_heads" => mesh.kv_heads(cfg),
-        "vocab" => mesh.vocab(cfg, platform),
+        "vocab" => mesh.vocab(cfg, whole),
         _ => n,
     };
     params.clone().map(&mut |p| Param { shape: p.shape.iter().zip(&p.logical).map(size).collect(), ..p })

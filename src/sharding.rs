@@ -100,14 +100,9 @@ impl MeshShape {
         if cfg.n_kv_heads.is_multiple_of(self.model) { cfg.n_kv_heads } else { self.model }
     }
 
-    /// The vocabulary with what `model` lacks to divide it, on a TPU in whole vectors: else libtpu copies a head of integers.
-    pub fn vocab(&self, cfg: &ModelConfig, platform: Platform) -> usize {
-        const LANES: usize = 128;
-        match (self.model, platform) {
-            (1, _) => cfg.vocab_size,
-            (model, Platform::Tpu) => cfg.vocab_size.next_multiple_of(LANES * model),
-            (model, _) => cfg.vocab_size.next_multiple_of(model),
-        }
+    /// The vocabulary with what `model` lacks to divide it in parts that are multiples of `whole`.
+    pub fn vocab(&self, cfg: &ModelConfig, whole: usize) -> usize {
+        if self.model == 1 { cfg.vocab_size } else { cfg.vocab_size.next_multiple_of(self.model * whole) }
     }
 
     /// `batch` with the slots that `data` lacks to divide it.

@@ -62,6 +62,9 @@ impl StepSpec {
     }
 }
 
+/// Elements of a TPU's vector along the last axis.
+const LANES: usize = 128;
+
 /// A model as programs are built of it.
 #[derive(Clone, Debug)]
 pub struct Blueprint {
@@ -101,7 +104,10 @@ impl Blueprint {
             let packing = precision.packing(&p).and_then(|packing| devices.packing(&p, packing));
             Param { packing, ..p }
         };
-        let params = params::on_mesh(params, cfg, mesh, platform).map(&mut |p| packed(p));
+        // libtpu copies a head of integers whose parts are not whole vectors.
+        let integers = params.iter().into_iter().any(|p| precision.packing(p).is_some());
+        let whole = if platform == Platform::Tpu && integers { LANES } else { 1 };
+        let params = params::on_mesh(params, cfg, mesh, whole).map(&mut |p| packed(p));
         let n_kv_heads = mesh.kv_heads(cfg);
         let mut cfg = cfg.clone();
         cfg.n_kv_heads = n_kv_heads;
@@ -178,7 +184,7 @@ impl Blueprint {
 
     /// V with the padding that the mesh asks for.
     pub fn vocab(&self) -> usize {
-        self.mesh.vocab(&self.cfg, self.platform)
+        self.params.embedding.shape[0]
     }
 
     /// How an array with these logical axes lies on the mesh in programs over `cache`; `None` without a mesh.
