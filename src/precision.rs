@@ -35,7 +35,7 @@ impl Precision {
         let all = |packing| Precision { dtype: default, integers: Integers::All(packing) };
         match asked {
             None => Precision { dtype: default, integers: Integers::AsStored },
-            Some(converter::Precision::Float(dtype)) => device_dtype(dtype).into(),
+            Some(converter::Precision::Float(dtype)) => float_type(dtype).into(),
             Some(converter::Precision::Int8) => all(Packing::INT8),
             Some(converter::Precision::Int4) => all(Packing::INT4),
         }
@@ -60,7 +60,7 @@ impl Precision {
 }
 
 /// The checkpoint library's element type as the graph has it; it has no float64.
-fn device_dtype(dtype: converter::DType) -> DType {
+pub(crate) fn float_type(dtype: converter::DType) -> DType {
     match dtype {
         converter::DType::BF16 => DType::BF16,
         converter::DType::F16 => DType::F16,

@@ -243,15 +243,13 @@ pub fn pack_codes(format: Format, k: usize, n: usize, codes: &[i8], q: &mut [u8]
         Bits::Eight => zero,
         Bits::Four => zero | zero << 4,
     });
+    let terms: Vec<(usize, u32)> = (0..k).map(|term| format.term(term)).collect();
     for (n, codes) in codes.chunks(k.max(1)).enumerate() {
         let output = format.output(n, k);
-        for (g, codes) in codes.chunks(format.group).enumerate() {
-            for (i, &code) in codes.iter().enumerate() {
-                let (byte, bit) = format.term(g * format.group + i);
-                let stored = (i32::from(code) + format.bias()) as u8 & format.mask();
-                let q = &mut q[output + byte];
-                *q = *q & !(format.mask() << bit) | stored << bit;
-            }
+        for (&code, &(byte, bit)) in codes.iter().zip(&terms) {
+            let stored = (i32::from(code) + format.bias()) as u8 & format.mask();
+            let q = &mut q[output + byte];
+            *q = *q & !(format.mask() << bit) | stored << bit;
         }
     }
 }

@@ -37,23 +37,13 @@ fn gated(p: &Mlp<Weight>, x: &Tensor, act: Activation) -> Tensor {
     let x = x.reshape(&[b * s, m]);
     let weights = [p.gate_proj.clone(), p.up_proj.clone()];
     let (kernel, inputs) = with_weights(Kernel::new(GATED), &x, &weights);
-    let kernel = kernel.attr("activation", Attr::Str(name(act).into()));
+    let kernel = kernel.attr("activation", Attr::Str(act.name().into()));
     let y = x.graph().kernel(kernel, &inputs, |args| {
         let (x, weights) = weights_of(args, &weights);
         let [gate, up] = [0, 1].map(|i| matrix_product(x, &weights[i], false));
         vec![activation(&gate, act) * up]
     });
     y[0].reshape(&[b, s, p.gate_proj.shape()[1]])
-}
-
-/// What kernels call an activation.
-pub(super) fn name(act: Activation) -> &'static str {
-    match act {
-        Activation::Silu => "silu",
-        Activation::Gelu => "gelu",
-        Activation::GeluTanh => "gelu_tanh",
-        Activation::Relu => "relu",
-    }
 }
 
 #[track_caller]

@@ -9,7 +9,7 @@ use xla::DType::{F32, I32};
 use xla::graph::{Attr, Fold, Kernel, Platform, Tensor, einsum_as};
 
 use super::linear::{linear, parts_of, weights_of, with_weights};
-use super::mlp::{activation, mlp, name as activation_name};
+use super::mlp::{activation, mlp};
 use super::pieces;
 use super::rows::{TPU_ROWS, pad};
 use crate::config::{Activation, ExpertGroups, ModelConfig, MoeConfig, Router};
@@ -175,7 +175,7 @@ impl Experts<'_> {
         let (kernel, mut inputs) = with_weights(Kernel::new(EXPERTS), x, &own);
         inputs.extend([ids, weights]);
         let kernel = kernel
-            .attr("activation", Attr::Str(activation_name(self.act).into()))
+            .attr("activation", Attr::Str(self.act.name().into()))
             .attr("experts", Attr::I64(self.count as i64))
             .attr("width", Attr::I64(self.gate.shape()[2] as i64));
         let y = x.graph().kernel(kernel, &inputs, |args| {

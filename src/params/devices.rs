@@ -1,11 +1,12 @@
 //! What parameters are on the devices of a model.
 
-use converter::{Packing, ScaleType};
+use converter::Packing;
 use kernels::packed::Bits;
 use xla::DType;
 use xla::graph::Platform;
 
 use super::Param;
+use crate::precision::float_type;
 use crate::sharding::MeshShape;
 
 /// The devices of a model, as they have its parameters.
@@ -66,46 +67,35 @@ impl Devices {
             let (dtype, logical) = (self.float(param), param.logical.clone());
             return vec![DeviceArray { name: param.name.clone(), dtype, shape: param.shape.clone(), logical }];
         };
-        let array = |part: &str, dtype, shape, logical| DeviceArray {
+        let format = packing.format;
+        let [codes, scales] = match self.in_blocks() {
+            true => [packing.q_shape(of), packing.scales_shape(of)].map(|shape| (shape, Vec::new())),
+            false => {
+                let codes = joined(param, axis);
+                let (mut shape, mut logical) = codes.clone();
+                shape[axis] /= format.group;
+                if logical[axis] == "embed" && !shape[axis].is_multiple_of(self.mesh.fsdp) {
+                    logical[axis] = "hidden";
+                }
+                [codes, (shape, logical)]
+            }
+        };
+        let code = match (format.bits, format.mins) {
+            _ if self.in_blocks() => DType::U8,
+            (Bits::Eight, _) => DType::I8,
+            (Bits::Four, false) => DType::I4,
+            (Bits::Four, true) => DType::U4,
+        };
+        // A TPU computes with f16 by many steps.
+        let scale = if self.platform == Platform::Tpu { DType::F32 } else { float_type(packing.scales.dtype()) };
+        let array = |part: &str, dtype, (shape, logical)| DeviceArray {
             name: format!("{}.{part}", param.name),
             dtype,
             shape,
             logical,
         };
-        let format = packing.format;
-        let scale = match packing.scales {
-            // A TPU computes with f16 by many steps.
-            _ if self.platform == Platform::Tpu => DType::F32,
-            ScaleType::F16 => DType::F16,
-            ScaleType::F32 => DType::F32,
-        };
-        let mut scales = match self.in_blocks() {
-            true => vec![array("scales", scale, packing.scales_shape(of), Vec::new())],
-            false => {
-                let (mut shape, mut logical) = joined(param, axis);
-                shape[axis] /= format.group;
-                if logical[axis] == "embed" && !shape[axis].is_multiple_of(self.mesh.fsdp) {
-                    logical[axis] = "hidden";
-                }
-                vec![array("scales", scale, shape, logical)]
-            }
-        };
-        if format.mins {
-            scales.push(DeviceArray { name: format!("{}.mins", param.name), ..scales[0].clone() });
-        }
-        let codes = match self.in_blocks() {
-            true => array("q", DType::U8, packing.q_shape(of), Vec::new()),
-            false => {
-                let dtype = match (format.bits, format.mins) {
-                    (Bits::Eight, _) => DType::I8,
-                    (Bits::Four, false) => DType::I4,
-                    (Bits::Four, true) => DType::U4,
-                };
-                let (shape, logical) = joined(param, axis);
-                array("q", dtype, shape, logical)
-            }
-        };
-        std::iter::once(codes).chain(scales).collect()
+        let mins = format.mins.then(|| array("mins", scale, scales.clone()));
+        [array("q", code, codes), array("scales", scale, scales)].into_iter().chain(mins).collect()
     }
 
     /// Bytes that a parameter takes.

@@ -11,6 +11,7 @@ mod rope;
 
 use std::path::Path;
 
+pub use kernels::Activation;
 use serde_json::{Map, Value};
 
 use crate::DType;
@@ -106,30 +107,15 @@ pub struct AttentionConfig {
     pub qk_norm: Option<QkNorm>,
 }
 
-/// The function on the gate of the feed-forward.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Activation {
-    /// x · sigmoid(x).
-    Silu,
-    /// Gaussian error linear unit with the error function.
-    Gelu,
-    /// Gaussian error linear unit in its tanh approximation.
-    GeluTanh,
-    /// max(x, 0).
-    Relu,
-}
-
-impl Activation {
-    /// Every name that transformers gives to a supported function.
-    const NAMES: [(&'static str, Activation); 6] = [
-        ("silu", Activation::Silu),
-        ("swish", Activation::Silu),
-        ("gelu", Activation::Gelu),
-        ("gelu_new", Activation::GeluTanh),
-        ("gelu_pytorch_tanh", Activation::GeluTanh),
-        ("relu", Activation::Relu),
-    ];
-}
+/// Every name that transformers gives to a supported activation.
+const ACTIVATIONS: [(&str, Activation); 6] = [
+    ("silu", Activation::Silu),
+    ("swish", Activation::Silu),
+    ("gelu", Activation::Gelu),
+    ("gelu_new", Activation::GeluTanh),
+    ("gelu_pytorch_tanh", Activation::GeluTanh),
+    ("relu", Activation::Relu),
+];
 
 /// What one axis letter stands for.
 pub(crate) struct Axis {
@@ -476,9 +462,9 @@ impl<'a> Keys<'a> {
             None => return Ok(Activation::Silu),
             Some(value) => value.as_str().map_or_else(|| value.to_string(), str::to_string),
         };
-        let found = Activation::NAMES.iter().find(|(known, _)| *known == name);
+        let found = ACTIVATIONS.iter().find(|(known, _)| *known == name);
         found.map(|&(_, act)| act).ok_or_else(|| {
-            let known = Activation::NAMES.map(|(name, _)| name).join(", ");
+            let known = ACTIVATIONS.map(|(name, _)| name).join(", ");
             self.error(key, format!("`{name}` is not supported; supported: {known}"))
         })
     }

@@ -136,6 +136,25 @@ pub enum Activation {
     Relu,
 }
 
+impl Activation {
+    const NAMES: [(&'static str, Activation); 4] = [
+        ("silu", Activation::Silu),
+        ("gelu", Activation::Gelu),
+        ("gelu_tanh", Activation::GeluTanh),
+        ("relu", Activation::Relu),
+    ];
+
+    /// What a call of a kernel says for it.
+    pub fn name(self) -> &'static str {
+        Activation::NAMES[self as usize].0
+    }
+
+    /// The one with that name.
+    pub fn named(name: &str) -> Option<Activation> {
+        Activation::NAMES.iter().find(|(known, _)| *known == name).map(|&(_, activation)| activation)
+    }
+}
+
 /// A product, or two of one shape, and what becomes of it.
 struct Job<'a> {
     weights: &'a [Linear<'a>],

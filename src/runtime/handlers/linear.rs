@@ -64,13 +64,8 @@ impl Handler for TakeRows {
 
 /// What the attribute `activation` says.
 pub(super) fn activation(frame: &CallFrame<'_>) -> Result<Activation, FfiError> {
-    Ok(match frame.attribute("activation")? {
-        "silu" => Activation::Silu,
-        "gelu" => Activation::Gelu,
-        "gelu_tanh" => Activation::GeluTanh,
-        "relu" => Activation::Relu,
-        other => return Err(FfiError::invalid(format!("unknown activation {other:?}"))),
-    })
+    let name: &str = frame.attribute("activation")?;
+    Activation::named(name).ok_or_else(|| FfiError::invalid(format!("unknown activation {name:?}")))
 }
 
 /// x (rows, K).
