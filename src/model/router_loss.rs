@@ -31,7 +31,7 @@ pub fn load_balancing_loss(logits: &Tensor, k: usize, mask: Option<&Tensor>) -> 
 pub fn router_z_loss(logits: &Tensor, mask: Option<&Tensor>) -> Tensor {
     let weights = token_weights(logits, mask);
     let logits = logits.cast(F32).reshape(&[weights.dim(0), logits.dim(2)]);
-    let peak = logits.max_keep(&[1]);
+    let peak = logits.max_keep(&[1]).stop_gradient();
     let sum = (&logits - peak.broadcast_to(logits.shape())).exp().sum(&[1]);
     let log_sum = sum.log() + peak.reshape(weights.shape());
     (log_sum.square() * &weights).sum(&[0]) / weights.sum(&[0])

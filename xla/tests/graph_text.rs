@@ -318,6 +318,8 @@ fn every_op() -> Graph {
         p.select(&x, 0.0),
         x.clamp(0.0, 1.0),
         x.reduce_precision(5, 2),
+        x.stop_gradient(),
+        g.scan("turns", 2, &[], &[&x], &[], |_, x, _| (vec![x[0].abs()], vec![])).0.remove(0),
         x.reverse(&[0]),
         x.transpose(&[1, 0]),
         x.narrow(0, 0, 1),

@@ -146,6 +146,10 @@ impl<'a> Emitter<'a> {
     }
 
     fn node(&mut self, body: &Body, node: &Node, names: &mut [String], text: &mut String) {
+        if let Some(i) = node.op.passes() {
+            names[node.outputs[0].index()] = names[node.inputs[i].index()].clone();
+            return;
+        }
         let operands = node.inputs.iter().map(|id| names[id.index()].clone()).collect();
         let mut given = None;
         for id in &node.outputs {

@@ -1,14 +1,15 @@
 //! The graph under construction: arguments, outputs, scopes, functions and the first error.
 
 use std::cell::RefCell;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::panic::Location;
 use std::rc::Rc;
 
 use super::aval::Aval;
 use super::emit::{symbol, unique};
 use super::error::GraphError;
-use super::module::{Arg, Body, Function, Module, Node, Output, Value, ValueId};
+use super::grad::{Cut, HalvesKey, Save};
+use super::module::{Arg, Body, Function, Module, Node, Output, ValueId};
 use super::ops::dot::Precision;
 use super::ops::{Call, Op};
 use super::sharding::{Mesh, Rules, Sharding};
@@ -33,7 +34,8 @@ struct State {
     frames: Vec<Frame>,
     frames_made: u32,
     functions: Vec<Rc<Function>>,
-    calls: HashMap<(String, Vec<Aval>), Rc<Function>>,
+    calls: HashMap<(String, Save, Vec<Aval>), Rc<Function>>,
+    halves: HashMap<HalvesKey, Rc<Cut>>,
     symbols: HashMap<String, usize>,
     inline_calls: bool,
     no_manual: bool,
@@ -112,6 +114,7 @@ impl Graph {
             frames_made: 1,
             functions: Vec::new(),
             calls: HashMap::new(),
+            halves: HashMap::new(),
             symbols: HashMap::from([("main".to_string(), 0)]),
             inline_calls: false,
             no_manual: false,
@@ -357,18 +360,47 @@ impl Graph {
         if self.0.borrow().inline_calls {
             return build(&args.iter().map(|&arg| arg.clone()).collect::<Vec<_>>());
         }
-        let key = (name.to_string(), args.iter().map(|arg| (*arg.aval).clone()).collect::<Vec<_>>());
+        self.call_function(location, name, Save::Everything, args, build)
+    }
+
+    /// [`Graph::call`] that is not put in line, with what its derivative keeps.
+    pub(crate) fn call_function(
+        &self,
+        location: &'static Location<'static>,
+        name: &str,
+        save: Save,
+        args: &[&Tensor],
+        build: impl FnOnce(&[Tensor]) -> Vec<Tensor>,
+    ) -> Vec<Tensor> {
+        let avals = args.iter().map(|arg| (*arg.aval).clone()).collect::<Vec<_>>();
+        let key = (name.to_string(), save.clone(), avals);
         let known = self.0.borrow().calls.get(&key).cloned();
         let function = known.unwrap_or_else(|| {
             let body = self.trace(location, name, args, Some(name), build);
-            let mut state = self.0.borrow_mut();
-            let name = unique(&mut state.symbols, &symbol(name));
-            let function = Rc::new(Function { name, body });
-            state.functions.push(function.clone());
-            state.calls.insert(key, function.clone());
+            let function = self.add_function(name, body);
+            self.0.borrow_mut().calls.insert(key, function.clone());
             function
         });
-        self.record(location, Rc::new(Call { function }), args)
+        self.record(location, Rc::new(Call { function, save }), args)
+    }
+
+    /// A function of the module; the name is made unique.
+    pub(crate) fn add_function(&self, name: &str, body: Body) -> Rc<Function> {
+        let mut state = self.0.borrow_mut();
+        let name = unique(&mut state.symbols, &symbol(name));
+        let function = Rc::new(Function { name, body });
+        state.functions.push(function.clone());
+        function
+    }
+
+    /// The halves that `make` gives, made once for each key.
+    pub(crate) fn cut_once(&self, key: HalvesKey, make: impl FnOnce() -> Cut) -> Rc<Cut> {
+        let known = self.0.borrow().halves.get(&key).cloned();
+        known.unwrap_or_else(|| {
+            let cut = Rc::new(make());
+            self.0.borrow_mut().halves.insert(key, cut.clone());
+            cut
+        })
     }
 
     /// Runs `build` on fresh arguments in a body of its own, and gives that body. `scope` replaces the open scopes.
@@ -474,15 +506,58 @@ impl Graph {
         let aval = Rc::new(aval);
         let mut state = self.0.borrow_mut();
         let frame = state.frame();
-        let id = ValueId(frame.body.values.len() as u32);
-        frame.body.values.push(Value { aval: aval.clone(), name: None });
+        let id = frame.body.add_shared(aval.clone());
         let frame = frame.id;
         drop(state);
         Tensor { graph: self.clone(), frame, id, aval }
     }
 
+    /// The body that is open, as it is by now.
+    pub(crate) fn open_body(&self) -> Body {
+        self.0.borrow_mut().frame().body.clone()
+    }
+
+    /// A value of the open body.
+    pub(crate) fn value(&self, id: ValueId) -> Tensor {
+        let mut state = self.0.borrow_mut();
+        let frame = state.frame();
+        let (aval, frame) = (frame.body.values[id.index()].aval.clone(), frame.id);
+        drop(state);
+        Tensor { graph: self.clone(), frame, id, aval }
+    }
+
+    /// One more argument of the open body, which is that of a function.
+    pub(crate) fn further_arg(&self, aval: Aval, name: Option<&str>) -> Tensor {
+        let tensor = self.placeholder(aval);
+        let mut state = self.0.borrow_mut();
+        let body = &mut state.frame().body;
+        body.args.push(tensor.id);
+        body.values[tensor.id.index()].name = name.map(str::to_string);
+        drop(state);
+        tensor
+    }
+
+    /// Puts another op in the place of a node of the open body, which gives `extra` results after those that there are.
+    pub(crate) fn amend(&self, at: usize, op: Rc<dyn Op>, extra: &[Aval]) -> Vec<ValueId> {
+        let mut state = self.0.borrow_mut();
+        let body = &mut state.frame().body;
+        let ids: Vec<ValueId> = extra.iter().map(|aval| body.add(aval.clone())).collect();
+        let node = &mut body.nodes[at];
+        node.op = op;
+        node.outputs.extend(&ids);
+        ids
+    }
+
+    /// Runs `build` with `path` in place of the open scopes.
+    pub(crate) fn in_scope<T>(&self, path: &str, build: impl FnOnce() -> T) -> T {
+        let outer = std::mem::replace(&mut self.0.borrow_mut().scopes, vec![path.to_string()]);
+        let result = build();
+        self.0.borrow_mut().scopes = outer;
+        result
+    }
+
     /// The id of a tensor in the open body; a tensor of another body or graph is an error.
-    fn adopt(&self, location: &'static Location<'static>, what: &str, tensor: &Tensor) -> ValueId {
+    pub(crate) fn adopt(&self, location: &'static Location<'static>, what: &str, tensor: &Tensor) -> ValueId {
         let problem = if !Rc::ptr_eq(&self.0, &tensor.graph.0) {
             "a tensor of another graph is used: build everything in one graph"
         } else if self.0.borrow_mut().frame().id != tensor.frame {
@@ -536,9 +611,8 @@ impl Graph {
         for node in &body.nodes {
             let inputs: Vec<Tensor> = node.inputs.iter().map(|id| map[id].clone()).collect();
             let results = rewrite(node, &inputs).unwrap_or_else(|| {
-                let outer = std::mem::replace(&mut self.0.borrow_mut().scopes, vec![node.scope.to_string()]);
-                let results = self.record(node.location, node.op.clone(), &inputs.iter().collect::<Vec<_>>());
-                self.0.borrow_mut().scopes = outer;
+                let inputs: Vec<&Tensor> = inputs.iter().collect();
+                let results = self.in_scope(&node.scope, || self.record(node.location, node.op.clone(), &inputs));
                 for (result, id) in results.iter().zip(&node.outputs) {
                     if let Some(name) = &body.values[id.index()].name {
                         self.0.borrow_mut().frame().body.values[result.id.index()].name = Some(name.clone());
@@ -580,9 +654,23 @@ impl Graph {
             args: state.args.clone(),
             outputs: state.outputs.iter().map(|(output, _)| output.clone()).collect(),
             body,
-            functions: state.functions.clone(),
+            functions: used(&state.frames[0].body, &state.functions),
         })
     }
+}
+
+/// The functions that a body calls, directly or not, in their order. Others are left over where a function was cut in two.
+fn used(body: &Body, functions: &[Rc<Function>]) -> Vec<Rc<Function>> {
+    fn visit(body: &Body, found: &mut HashSet<*const Body>) {
+        for region in body.nodes.iter().flat_map(|node| node.op.regions()) {
+            if found.insert(region) {
+                visit(region, found);
+            }
+        }
+    }
+    let mut found = HashSet::new();
+    visit(body, &mut found);
+    functions.iter().filter(|function| found.contains(&(&raw const function.body))).cloned().collect()
 }
 
 impl State {

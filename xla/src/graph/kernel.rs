@@ -50,11 +50,11 @@ impl Graph {
             return definition(&inputs.iter().map(|&input| input.clone()).collect::<Vec<_>>());
         }
         let location = Location::caller();
-        // Traced for the types of its results, and for its errors.
+        // Traced for the types of its results, for its errors, and for the derivative.
         let body = self.trace(location, kernel.name, inputs, None, definition);
         let results: Vec<Aval> = body.results.iter().map(|&id| body.aval(id).clone()).collect();
         let Kernel { name, attrs, aliases } = kernel;
-        let call = CustomCall { attrs, aliases, ..CustomCall::new(name, results) };
+        let call = CustomCall { attrs, aliases, definition: Some(Rc::new(body)), ..CustomCall::new(name, results) };
         self.record(location, Rc::new(call), inputs)
     }
 }

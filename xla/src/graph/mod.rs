@@ -19,12 +19,13 @@
 //! ```
 //!
 //! Files: `graph` (building), `tensor` (handles and operators), `ops/` (each op declared once), `einsum`, `sharding`
-//! (meshes and rules), `kernel` (ops that may have one), `module` (the finished data), `emit` (its text).
+//! (meshes and rules), `kernel` (ops that may have one), `grad` (derivatives), `module` (the finished data), `emit` (its text).
 
 mod aval;
 mod einsum;
 mod emit;
 mod error;
+mod grad;
 #[allow(clippy::module_inception)]
 mod graph;
 mod kernel;
@@ -39,9 +40,11 @@ pub use aval::Aval;
 pub use einsum::{einsum, einsum_as, einsum1};
 pub use emit::{Cx, Emission};
 pub use error::GraphError;
+pub use grad::{Cotangents, Save, Vjp};
 pub use graph::{ArgAttrs, Graph, Platform, Rewrite, Scope};
 pub use kernel::Kernel;
 pub use module::{Arg, Body, Function, Module, Node, Output, Value, ValueId};
+pub use ops::Gradient;
 pub use ops::constant::{Element, Scalar};
 pub use ops::control::Branch;
 pub use ops::custom_call::{Attr, CustomCall};

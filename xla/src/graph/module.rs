@@ -58,6 +58,18 @@ pub struct Body {
 }
 
 impl Body {
+    /// A new value, which something has to compute.
+    pub(crate) fn add(&mut self, aval: Aval) -> ValueId {
+        self.add_shared(Rc::new(aval))
+    }
+
+    /// [`Body::add`] for a type that a handle shares.
+    pub(crate) fn add_shared(&mut self, aval: Rc<Aval>) -> ValueId {
+        let id = ValueId(self.values.len() as u32);
+        self.values.push(Value { aval, name: None });
+        id
+    }
+
     /// Element type and shape of a value of this body.
     pub fn aval(&self, id: ValueId) -> &Aval {
         &self.values[id.index()].aval

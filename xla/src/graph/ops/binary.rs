@@ -4,6 +4,7 @@ use super::unary::Class;
 use super::{Op, OpInfo, op_info};
 use crate::graph::aval::Aval;
 use crate::graph::emit::Cx;
+use crate::graph::grad::{Cotangents, Vjp};
 use crate::graph::tensor::{Operand, Tensor};
 
 /// The rule of elementwise operands: one type and one shape. The error says how to get there.
@@ -21,16 +22,40 @@ pub(crate) fn same(left: &Aval, right: &Aval) -> Result<(), String> {
     Ok(())
 }
 
-/// Declares ops of two operands: docstring, type, class, StableHLO spelling (which is also the name) and summary, and
-/// the method where the op has no operator.
+/// What an operand of a maximum or minimum has of its cotangent: all, nothing, or half where the two are equal, as PyTorch
+/// divides it.
+fn share(c: &mut Vjp<'_, '_>, of: usize) -> Tensor {
+    let (chosen, result) = (c.input(of), c.output(0));
+    let (here, there) = (chosen.eq(&result), c.input(1 - of).eq(&result));
+    let half = (&here & &there).select(&chosen.splat(0.5.into()), &chosen.splat(1.0.into()));
+    here.select(&half, &chosen.splat(0.0.into()))
+}
+
+/// xʸ ln x, and 0 where x is 0 and y is not negative.
+fn power_slope(c: &mut Vjp<'_, '_>) -> Tensor {
+    let (x, y, power) = (c.input(0), c.input(1), c.output(0));
+    let flat = x.eq(0.0) & y.ge(0.0);
+    flat.select(&x.splat(0.0.into()), &(power * x.log()))
+}
+
+/// x without its fraction.
+fn toward_zero(x: &Tensor) -> Tensor {
+    x.ge(0.0).select(&x.floor(), &x.ceil())
+}
+
+/// Declares ops of two operands: docstring, type, class, StableHLO spelling (which is also the name) and summary, the
+/// method where the op has no operator, and the cotangents of the operands (`c` is a [`Vjp`]) or why they are zero.
 macro_rules! binary {
-    ($(#[$doc:meta] $op:ident $(. $method:ident)? ($class:ident) $spelling:literal $summary:literal;)*) => {
+    ($(
+        #[$doc:meta] $op:ident $(. $method:ident)? ($class:ident) $spelling:literal $summary:literal
+        $(zero $why:literal)? $(=> |$c:ident| $left:expr, $right:expr)?;
+    )*) => {
         $(
             #[$doc]
             #[derive(Clone, Debug)]
             pub struct $op;
 
-            op_info!($op, 2, $spelling, $summary);
+            op_info!($op, 2, $spelling, $summary $(, Zero $why)?);
 
             impl Op for $op {
                 fn info(&self) -> &'static OpInfo {
@@ -46,6 +71,14 @@ macro_rules! binary {
                 fn stablehlo(&self, cx: &mut Cx<'_, '_>) -> String {
                     format!("stablehlo.{} {} : {}", $spelling, cx.operands(), cx.output_type(0))
                 }
+
+                $(
+                    fn vjp(&self, $c: &mut Vjp<'_, '_>) -> Cotangents {
+                        let left = if $c.wants(0) { Some($left) } else { None };
+                        let right = if $c.wants(1) { Some($right) } else { None };
+                        Ok(vec![left, right])
+                    }
+                )?
             }
 
             $(
@@ -64,35 +97,46 @@ macro_rules! binary {
 
 binary! {
     /// Sum. Integers wrap.
-    Add(Numeric) "add" "sum";
+    Add(Numeric) "add" "sum"
+        => |c| c.ct(), c.ct();
     /// Bitwise and; for `pred` the logical and.
-    And(Bits) "and" "bitwise and logical and";
+    And(Bits) "and" "bitwise and logical and" zero "of bits";
     /// The angle of the point (right, self), in radians.
-    Atan2.atan2(Float) "atan2" "angle of a point";
+    Atan2.atan2(Float) "atan2" "angle of a point"
+        => |c|
+            c.ct() * (c.input(1) / (c.input(0).square() + c.input(1).square())),
+            -(c.ct() * (c.input(0) / (c.input(0).square() + c.input(1).square())));
     /// Quotient; of integers, rounded towards zero.
-    Div(Numeric) "divide" "quotient";
+    Div(Numeric) "divide" "quotient"
+        => |c| c.ct() / c.input(1), -(c.ct() * (c.output(0) / c.input(1)));
     /// The larger; NaN where either is. For `pred` the logical or.
-    Maximum.maximum(Any) "maximum" "the larger";
+    Maximum.maximum(Any) "maximum" "the larger"
+        => |c| c.ct() * share(c, 0), c.ct() * share(c, 1);
     /// The smaller; NaN where either is. For `pred` the logical and.
-    Minimum.minimum(Any) "minimum" "the smaller";
+    Minimum.minimum(Any) "minimum" "the smaller"
+        => |c| c.ct() * share(c, 0), c.ct() * share(c, 1);
     /// Product. Integers wrap.
-    Mul(Numeric) "multiply" "product";
+    Mul(Numeric) "multiply" "product"
+        => |c| c.ct() * c.input(1), c.ct() * c.input(0);
     /// Bitwise or; for `pred` the logical or.
-    Or(Bits) "or" "bitwise and logical or";
+    Or(Bits) "or" "bitwise and logical or" zero "of bits";
     /// Power.
-    Pow.pow(Numeric) "power" "power";
+    Pow.pow(Numeric) "power" "power"
+        => |c| c.ct() * (c.input(1) * c.input(0).pow(&(c.input(1) - 1.0))), c.ct() * power_slope(c);
     /// Remainder, with the sign of the left operand.
-    Rem(Numeric) "remainder" "remainder of the quotient rounded towards zero";
+    Rem(Numeric) "remainder" "remainder of the quotient rounded towards zero"
+        => |c| c.ct(), -(c.ct() * toward_zero(&(c.input(0) / c.input(1))));
     /// The bits moved up by `right` places; 0 where `right` is not below the number of bits.
-    ShiftLeft.shift_left(Integer) "shift_left" "bits moved up";
+    ShiftLeft.shift_left(Integer) "shift_left" "bits moved up" zero "of bits";
     /// The bits moved down by `right` places, the sign bit repeated.
-    ShiftRightArithmetic.shift_right_arithmetic(Integer) "shift_right_arithmetic" "bits moved down, sign repeated";
+    ShiftRightArithmetic.shift_right_arithmetic(Integer) "shift_right_arithmetic" "bits moved down, sign repeated" zero "of bits";
     /// The bits moved down by `right` places, zeros moved in.
-    ShiftRightLogical.shift_right_logical(Integer) "shift_right_logical" "bits moved down, zeros moved in";
+    ShiftRightLogical.shift_right_logical(Integer) "shift_right_logical" "bits moved down, zeros moved in" zero "of bits";
     /// Difference. Integers wrap.
-    Sub(Numeric) "subtract" "difference";
+    Sub(Numeric) "subtract" "difference"
+        => |c| c.ct(), -c.ct();
     /// Bitwise exclusive or; for `pred` the logical exclusive or.
-    Xor(Bits) "xor" "bitwise and logical exclusive or";
+    Xor(Bits) "xor" "bitwise and logical exclusive or" zero "of bits";
 }
 
 #[cfg(test)]

@@ -8,6 +8,7 @@ use super::{Op, OpInfo, op_info};
 use crate::DType;
 use crate::graph::aval::{Aval, join, list};
 use crate::graph::emit::Cx;
+use crate::graph::grad::{Cotangents, Vjp};
 use crate::graph::graph::Graph;
 use crate::graph::tensor::Tensor;
 
@@ -76,6 +77,13 @@ impl Op for AllReduce {
         let region = combiner(cx, Some(self.fold));
         format!("\"stablehlo.all_reduce\"({}) <{{{attrs}}}> ({region}) : {}", cx.operands(), cx.signature())
     }
+
+    /// A device's tensor is in the sum of every device of its group.
+    fn vjp(&self, cx: &mut Vjp<'_, '_>) -> Cotangents {
+        only_sums(self.fold)?;
+        let ct = cx.ct();
+        Ok(vec![Some(ct.graph.apply1(self.clone(), &[&ct]))])
+    }
 }
 
 /// The devices' tensors one after the other along an axis; each device of a group gets all.
@@ -104,6 +112,11 @@ impl Op for AllGather {
         let groups = group_attrs(cx, &self.groups);
         let attrs = format!("all_gather_dim = {} : i64, {groups}, use_global_device_ids", self.axis);
         format!("\"stablehlo.all_gather\"({}) <{{{attrs}}}> : {}", cx.operands(), cx.signature())
+    }
+
+    fn vjp(&self, cx: &mut Vjp<'_, '_>) -> Cotangents {
+        let op = ReduceScatter { fold: Fold::Sum, axis: self.axis, groups: self.groups.clone() };
+        Ok(vec![Some(cx.graph().apply1(op, &[&cx.ct()]))])
     }
 }
 
@@ -138,6 +151,12 @@ impl Op for ReduceScatter {
         let attrs = format!("{groups}, scatter_dimension = {} : i64, use_global_device_ids", self.axis);
         let region = combiner(cx, Some(self.fold));
         format!("\"stablehlo.reduce_scatter\"({}) <{{{attrs}}}> ({region}) : {}", cx.operands(), cx.signature())
+    }
+
+    fn vjp(&self, cx: &mut Vjp<'_, '_>) -> Cotangents {
+        only_sums(self.fold)?;
+        let op = AllGather { axis: self.axis, groups: self.groups.clone() };
+        Ok(vec![Some(cx.graph().apply1(op, &[&cx.ct()]))])
     }
 }
 
@@ -177,6 +196,12 @@ impl Op for AllToAll {
         );
         format!("\"stablehlo.all_to_all\"({}) <{{{attrs}}}> : {}", cx.operands(), cx.signature())
     }
+
+    fn vjp(&self, cx: &mut Vjp<'_, '_>) -> Cotangents {
+        let (split_axis, concat_axis) = (self.concat_axis, self.split_axis);
+        let op = AllToAll { split_axis, concat_axis, groups: self.groups.clone() };
+        Ok(vec![Some(cx.graph().apply1(op, &[&cx.ct()]))])
+    }
 }
 
 /// Each device's tensor sent to another; zeros on a device that gets none.
@@ -212,6 +237,16 @@ impl Op for CollectivePermute {
         let attrs = join(&[channel, format!("source_target_pairs = {pairs}")], ", ");
         format!("\"stablehlo.collective_permute\"({}) <{{{attrs}}}> : {}", cx.operands(), cx.signature())
     }
+
+    fn vjp(&self, cx: &mut Vjp<'_, '_>) -> Cotangents {
+        let pairs = self.pairs.iter().map(|&(from, to)| (to, from)).collect();
+        Ok(vec![Some(cx.graph().apply1(CollectivePermute { pairs }, &[&cx.ct()]))])
+    }
+}
+
+/// A fold over devices that has a derivative.
+fn only_sums(fold: Fold) -> Result<(), String> {
+    if fold == Fold::Sum { Ok(()) } else { Err(format!("only sums over devices have a derivative, not {fold:?}")) }
 }
 
 macro_rules! device_number {
@@ -221,7 +256,7 @@ macro_rules! device_number {
             #[derive(Clone, Debug)]
             pub struct $op;
 
-            op_info!($op, 0, $name, $summary);
+            op_info!($op, 0, $name, $summary, Zero "it has no operands");
 
             impl Op for $op {
                 fn info(&self) -> &'static OpInfo {

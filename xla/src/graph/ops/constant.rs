@@ -102,7 +102,7 @@ pub struct Constant {
     pub value: Value,
 }
 
-op_info!(Constant, 0, "constant", "an array that is part of the program");
+op_info!(Constant, 0, "constant", "an array that is part of the program", Zero "it has no operands");
 
 impl Constant {
     /// One number for every element.
@@ -242,7 +242,7 @@ pub struct Iota {
     pub axis: usize,
 }
 
-op_info!(Iota, 0, "iota", "the position along one axis");
+op_info!(Iota, 0, "iota", "the position along one axis", Zero "it has no operands");
 
 impl Op for Iota {
     fn info(&self) -> &'static OpInfo {

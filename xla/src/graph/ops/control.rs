@@ -7,6 +7,8 @@ use super::{Op, OpInfo, op_info};
 use crate::DType;
 use crate::graph::aval::{Aval, join};
 use crate::graph::emit::Cx;
+use crate::graph::grad::{Cotangents, Vjp};
+use crate::graph::grad::{Cut, Kept, Save};
 use crate::graph::graph::Graph;
 use crate::graph::module::{Body, Function};
 use crate::graph::tensor::Tensor;
@@ -26,6 +28,8 @@ fn agree(what: &str, wanted: &[Aval], found: &[Aval]) -> Result<(), String> {
 pub struct Call {
     /// The function.
     pub function: Rc<Function>,
+    /// What its derivative keeps of it.
+    pub save: Save,
 }
 
 op_info!(Call, 0.., "call", "a call of a function of the module");
@@ -50,6 +54,40 @@ impl Op for Call {
         self.function.body.results.len()
     }
 
+    /// A call of the function's backward half, with what its forward half keeps.
+    fn vjp(&self, cx: &mut Vjp<'_, '_>) -> Cotangents {
+        let location = Location::caller();
+        let wanted: Vec<usize> = (0..cx.operand_count()).filter(|&i| cx.wants(i)).collect();
+        let given = cx.with_cotangents();
+        let key = (Rc::as_ptr(&self.function), wanted.clone(), given.clone(), self.save.clone());
+        let cut = cx.graph().cut_once(key, || {
+            let (name, body) = (&self.function.name, &self.function.body);
+            let halves = cx.graph().halves(location, name, body, &wanted, &given, &self.save);
+            let own = body.results.len();
+            let extra = halves.forward.avals(&halves.forward.results[own..]);
+            let forward = cx.graph().add_function(&format!("{name}_forward"), halves.forward);
+            let backward = cx.graph().add_function(&format!("{name}_backward"), halves.backward);
+            Cut { of: self.function.clone(), forward, extra, backward, kept: halves.kept, reached: halves.reached }
+        });
+        debug_assert!(Rc::ptr_eq(&cut.of, &self.function));
+        // The forward half stands in for the function even where it gives no more: nested functions may.
+        cx.amend(Rc::new(Call { function: cut.forward.clone(), save: self.save.clone() }), &cut.extra);
+        let cotangents: Vec<Tensor> = given.iter().map(|&i| cx.cotangent(i)).collect();
+        let kept: Vec<Tensor> = cut
+            .kept
+            .iter()
+            .map(|kept| match *kept {
+                Kept::Arg(i) => cx.input(i),
+                Kept::Result(i) => cx.output(i),
+            })
+            .collect();
+        let call = Call { function: cut.backward.clone(), save: Save::Everything };
+        let found = cx.graph().apply(call, &cotangents.iter().chain(&kept).collect::<Vec<_>>());
+        let mut results = cx.nothing();
+        cut.reached.iter().zip(found).for_each(|(&i, ct)| results[i] = Some(ct));
+        Ok(results)
+    }
+
     fn regions(&self) -> Vec<&Body> {
         vec![&self.function.body]
     }
@@ -64,7 +102,8 @@ pub struct While {
     pub body: Body,
 }
 
-op_info!(While, 0.., "while", "values renewed as long as a condition holds");
+op_info!(While, 0.., "while", "values renewed as long as a condition holds",
+    Missing "the number of turns of a loop with a condition is not known: write it with scan");
 
 impl Op for While {
     fn info(&self) -> &'static OpInfo {
@@ -147,6 +186,31 @@ impl Op for Case {
         self.branches.first().map_or(0, |branch| branch.results.len())
     }
 
+    /// The derivatives of the branches as branches. Each computes its forward values once more, as far as it reads them.
+    fn vjp(&self, cx: &mut Vjp<'_, '_>) -> Cotangents {
+        let location = Location::caller();
+        let graph = cx.graph().clone();
+        let given = cx.with_cotangents();
+        let wanted: Vec<usize> = (1..cx.operand_count()).filter(|&i| cx.wants(i)).collect();
+        let cotangents: Vec<Tensor> = given.iter().map(|&i| cx.cotangent(i)).collect();
+        let operands: Vec<Tensor> = (1..cx.operand_count()).map(|i| cx.input(i)).collect();
+        let inputs: Vec<&Tensor> = cotangents.iter().chain(&operands).collect();
+        let wrt: Vec<usize> = wanted.iter().map(|i| i - 1).collect();
+        let derivative = |branch: &Body| {
+            graph.trace(location, "case", &inputs, None, |args| {
+                let (cotangents, operands) = args.split_at(given.len());
+                graph.pulled_back(branch, operands, &given, cotangents, &wrt)
+            })
+        };
+        let branches = self.branches.iter().map(derivative).collect();
+        let index = cx.input(0);
+        let inputs: Vec<&Tensor> = std::iter::once(&index).chain(inputs).collect();
+        let found = graph.apply(Case { branches }, &inputs);
+        let mut results = cx.nothing();
+        wanted.iter().zip(found).for_each(|(&i, ct)| results[i] = Some(ct));
+        Ok(results)
+    }
+
     fn regions(&self) -> Vec<&Body> {
         self.branches.iter().collect()
     }
@@ -170,6 +234,10 @@ impl Op for OptimizationBarrier {
     fn stablehlo(&self, cx: &mut Cx<'_, '_>) -> String {
         let types: Vec<String> = (0..cx.operand_count()).map(|i| cx.output_type(i)).collect();
         format!("stablehlo.optimization_barrier {} : {}", cx.operands(), join(&types, ", "))
+    }
+
+    fn vjp(&self, cx: &mut Vjp<'_, '_>) -> Cotangents {
+        cx.each(|cx, i| cx.cotangent(i))
     }
 
     fn result_count(&self, inputs: usize) -> usize {

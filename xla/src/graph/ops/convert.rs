@@ -5,6 +5,7 @@ use super::{Op, OpInfo, op_info};
 use crate::DType;
 use crate::graph::aval::Aval;
 use crate::graph::emit::Cx;
+use crate::graph::grad::{Cotangents, Vjp};
 use crate::graph::tensor::Tensor;
 
 /// Values converted to another element type, rounded to nearest even between floats.
@@ -28,6 +29,11 @@ impl Op for Convert {
     fn stablehlo(&self, cx: &mut Cx<'_, '_>) -> String {
         format!("stablehlo.convert {} : {}", cx.operands(), cx.signature())
     }
+
+    fn vjp(&self, cx: &mut Vjp<'_, '_>) -> Cotangents {
+        let dtype = cx.input_aval(0).dtype;
+        Ok(vec![Some(cx.ct().cast(dtype))])
+    }
 }
 
 /// The same bits read as another element type. To a narrower type a last axis is added, to a wider one the last axis
@@ -38,7 +44,7 @@ pub struct BitcastConvert {
     pub dtype: DType,
 }
 
-op_info!(BitcastConvert, 1, "bitcast_convert", "the same bits as another element type");
+op_info!(BitcastConvert, 1, "bitcast_convert", "the same bits as another element type", Zero "bits are not values");
 
 impl Op for BitcastConvert {
     fn info(&self) -> &'static OpInfo {
@@ -92,6 +98,35 @@ impl Op for ReducePrecision {
     fn stablehlo(&self, cx: &mut Cx<'_, '_>) -> String {
         let format = format!("e{}m{}", self.exponent_bits, self.mantissa_bits);
         format!("stablehlo.reduce_precision {}, format = {format} : {}", cx.operands(), cx.output_type(0))
+    }
+
+    /// That of the number before it was rounded, as for [`Convert`].
+    fn vjp(&self, cx: &mut Vjp<'_, '_>) -> Cotangents {
+        Ok(vec![Some(cx.ct())])
+    }
+}
+
+/// The operand, through which no gradient flows.
+#[derive(Clone, Debug)]
+pub struct StopGradient;
+
+op_info!(StopGradient, 1, "stop_gradient", "a value that has no gradient", Zero "by its definition");
+
+impl Op for StopGradient {
+    fn info(&self) -> &'static OpInfo {
+        &Self::INFO
+    }
+
+    fn infer(&self, inputs: &[&Aval]) -> Result<Vec<Aval>, String> {
+        Ok(vec![inputs[0].clone()])
+    }
+
+    fn stablehlo(&self, _cx: &mut Cx<'_, '_>) -> String {
+        String::new()
+    }
+
+    fn passes(&self) -> Option<usize> {
+        Some(0)
     }
 }
 

@@ -1,8 +1,12 @@
 //! Calls of code that the plugin or the host program brings.
 
+use std::rc::Rc;
+
 use super::{Op, OpInfo, op_info};
 use crate::graph::aval::{Aval, join, list};
 use crate::graph::emit::{Cx, quote};
+use crate::graph::grad::{Cotangents, Vjp};
+use crate::graph::module::Body;
 
 /// An attribute that a handler reads by name.
 #[derive(Clone, Debug, PartialEq)]
@@ -84,6 +88,8 @@ pub struct CustomCall {
     pub aliases: Vec<(usize, usize)>,
     /// Layouts; `None` is row by row, as the compiler gives a handler by default.
     pub layouts: Option<Layouts>,
+    /// What the call computes, in other ops, where that is known: its derivative is that of these.
+    pub definition: Option<Rc<Body>>,
 }
 
 /// For each operand and each result of a [`CustomCall`] its axes from the fastest to the slowest.
@@ -101,7 +107,8 @@ impl CustomCall {
     /// A call of `target` with results of these types.
     pub fn new(target: &str, results: Vec<Aval>) -> CustomCall {
         let (attrs, aliases) = (Vec::new(), Vec::new());
-        CustomCall { target: target.to_string(), results, attrs, has_side_effect: false, aliases, layouts: None }
+        let (target, layouts, definition) = (target.to_string(), None, None);
+        CustomCall { target, results, attrs, has_side_effect: false, aliases, layouts, definition }
     }
 
     /// Adds an attribute.
@@ -213,6 +220,13 @@ impl Op for CustomCall {
 
     fn result_count(&self, _inputs: usize) -> usize {
         self.results.len()
+    }
+
+    fn vjp(&self, cx: &mut Vjp<'_, '_>) -> Cotangents {
+        match self.definition.clone() {
+            Some(body) => cx.through(&body),
+            None => Err(format!("what the handler {:?} computes is not known here", self.target)),
+        }
     }
 }
 

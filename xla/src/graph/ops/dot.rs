@@ -5,6 +5,7 @@ use super::{Op, OpInfo, op_info};
 use crate::DType;
 use crate::graph::aval::{Aval, list};
 use crate::graph::emit::Cx;
+use crate::graph::grad::{Cotangents, Vjp};
 use crate::graph::tensor::Tensor;
 
 /// How exact a dot of f32 tensors is on hardware that has faster, coarser multipliers (TPU, GPU).
@@ -88,6 +89,34 @@ impl Op for DotGeneral {
             Precision::Highest => text += ", precision = [HIGHEST, HIGHEST]",
         }
         format!("{text} : {}", cx.signature())
+    }
+
+    /// The cotangent times the other operand, over the axes that this one does not have.
+    fn vjp(&self, cx: &mut Vjp<'_, '_>) -> Cotangents {
+        let ct = cx.ct();
+        cx.each(|cx, i| {
+            let (own, other) = (cx.input_aval(i), cx.input(1 - i));
+            let side = |pair: &(usize, usize), of: usize| if of == 0 { pair.0 } else { pair.1 };
+            let free = |of: usize, rank: usize| self.free(rank, |pair| side(pair, of));
+            let (own_free, other_free) = (free(i, own.rank()), free(1 - i, other.rank()));
+            // The result has batch, left, right axes.
+            let n = self.batch.len();
+            let after = if i == 0 { n + own_free.len() } else { n };
+            let batch: Vec<(usize, usize)> =
+                self.batch.iter().enumerate().map(|(at, pair)| (at, side(pair, 1 - i))).collect();
+            let contract: Vec<(usize, usize)> =
+                other_free.iter().enumerate().map(|(at, &axis)| (after + at, axis)).collect();
+            let op = DotGeneral { batch, contract, dtype: own.dtype, precision: self.precision };
+            let product = ct.graph.apply1(op, &[&ct.cast(other.dtype()), &other]);
+            // Its axes: batch, this operand's own, then the contracted ones in the order of the other operand.
+            let mut contracted = self.contract.clone();
+            contracted.sort_by_key(|pair| side(pair, 1 - i));
+            let paired = contracted.iter().map(|pair| side(pair, i));
+            let axes: Vec<usize> = self.batch.iter().map(|pair| side(pair, i)).chain(own_free).chain(paired).collect();
+            let mut order = vec![0; axes.len()];
+            axes.iter().enumerate().for_each(|(from, &to)| order[to] = from);
+            product.transpose(&order)
+        })
     }
 }
 

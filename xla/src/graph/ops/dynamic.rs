@@ -3,6 +3,7 @@
 use super::{Op, OpInfo, op_info};
 use crate::graph::aval::{Aval, list};
 use crate::graph::emit::Cx;
+use crate::graph::grad::{Cotangents, Vjp};
 use crate::graph::tensor::Tensor;
 
 /// The rule of start positions: one integer scalar per axis, all of one type.
@@ -50,6 +51,14 @@ impl Op for DynamicSlice {
     fn stablehlo(&self, cx: &mut Cx<'_, '_>) -> String {
         format!("stablehlo.dynamic_slice {}, sizes = {} : {}", cx.operands(), list(&self.sizes), cx.signature())
     }
+
+    /// Zeros around the window.
+    fn vjp(&self, cx: &mut Vjp<'_, '_>) -> Cotangents {
+        let (x, ct) = (cx.input_aval(0), cx.ct());
+        let starts: Vec<Tensor> = (1..cx.operand_count()).map(|i| cx.input(i)).collect();
+        let starts: Vec<&Tensor> = starts.iter().collect();
+        cx.each(|cx, _| cx.graph().full(0i64, x.dtype, &x.shape).dynamic_update_slice(&ct, &starts))
+    }
 }
 
 /// A tensor with a window replaced, at a position given by scalars, one per axis. A position at which the window would
@@ -76,6 +85,17 @@ impl Op for DynamicUpdateSlice {
 
     fn stablehlo(&self, cx: &mut Cx<'_, '_>) -> String {
         format!("stablehlo.dynamic_update_slice {} : {}", cx.operands(), cx.signature())
+    }
+
+    /// The window goes to the update, what is around it to the operand.
+    fn vjp(&self, cx: &mut Vjp<'_, '_>) -> Cotangents {
+        let (update, ct) = (cx.input_aval(1), cx.ct());
+        let starts: Vec<Tensor> = (2..cx.operand_count()).map(|i| cx.input(i)).collect();
+        let starts: Vec<&Tensor> = starts.iter().collect();
+        cx.each(|cx, i| match i {
+            0 => ct.dynamic_update_slice(&cx.graph().full(0i64, update.dtype, &update.shape), &starts),
+            _ => ct.dynamic_slice(&starts, &update.shape),
+        })
     }
 }
 

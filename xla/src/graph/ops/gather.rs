@@ -1,8 +1,11 @@
 //! Windows picked out by a tensor of positions.
 
+use super::reduce::Fold;
+use super::scatter::Scatter;
 use super::{Op, OpInfo, op_info};
 use crate::graph::aval::{Aval, array_attr, list};
 use crate::graph::emit::Cx;
+use crate::graph::grad::{Cotangents, Vjp};
 use crate::graph::tensor::Tensor;
 
 /// Windows of the first operand at the positions that the second gives. Positions at which a window would stick out
@@ -98,6 +101,45 @@ impl Op for Gather {
         );
         format!("\"stablehlo.gather\"({}) <{{{attrs}}}> : {}", cx.operands(), cx.signature())
     }
+
+    /// The cotangents added up where their windows were read.
+    fn vjp(&self, cx: &mut Vjp<'_, '_>) -> Cotangents {
+        let (x, at, ct) = (cx.input_aval(0), cx.input(1), cx.ct());
+        let op = Scatter {
+            update_window_dims: self.offset_dims.clone(),
+            inserted_window_dims: self.collapsed_slice_dims.clone(),
+            input_batching_dims: self.operand_batching_dims.clone(),
+            scatter_indices_batching_dims: self.start_indices_batching_dims.clone(),
+            scatter_dims_to_operand_dims: self.start_index_map.clone(),
+            index_vector_dim: self.index_vector_dim,
+            fold: Some(Fold::Sum),
+            indices_are_sorted: self.indices_are_sorted,
+            unique_indices: false,
+        };
+        // A scatter leaves a window out that a gather moves inside.
+        let last: Vec<i64> =
+            self.start_index_map.iter().map(|&axis| (x.shape[axis] - self.slice_sizes[axis]) as i64).collect();
+        let inside = moved_inside(&at, &last, self.index_vector_dim);
+        let zeros = cx.graph().full(0i64, x.dtype, &x.shape);
+        Ok(vec![Some(cx.graph().apply1(op, &[&zeros, &inside, &ct])), None])
+    }
+}
+
+/// The largest position of each component, as a tensor of the shape of the positions.
+pub(crate) fn last_positions(at: &Tensor, last: &[i64], index_vector_dim: usize) -> Tensor {
+    match last {
+        [one] => at.graph.full(*one, at.dtype(), at.shape()),
+        _ => {
+            let each = at.graph.constant(last, &[last.len()]).cast(at.dtype());
+            each.broadcast(at.shape(), &[index_vector_dim])
+        }
+    }
+}
+
+/// Positions with each component at least 0 and at most its last one.
+fn moved_inside(at: &Tensor, last: &[i64], index_vector_dim: usize) -> Tensor {
+    let last = last_positions(at, last, index_vector_dim);
+    at.minimum(&last).maximum(0i64)
 }
 
 impl Tensor {

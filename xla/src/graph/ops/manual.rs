@@ -2,9 +2,11 @@
 
 use std::panic::Location;
 
+use super::reduce::Fold;
 use super::{Op, OpInfo, op_info};
 use crate::graph::aval::{Aval, join, list};
 use crate::graph::emit::{Cx, Emission, sharding_attr};
+use crate::graph::grad::{Cotangents, Vjp};
 use crate::graph::graph::Graph;
 use crate::graph::module::Body;
 use crate::graph::sharding::{Mesh, Sharding, quoted};
@@ -66,9 +68,59 @@ impl Op for ManualComputation {
     fn regions(&self) -> Vec<&Body> {
         vec![&self.body]
     }
+
+    /// The derivative of the body, again for pieces; the forward values are computed once more, as far as they are read. A
+    /// result that several devices have the same of stands for all their copies, so each has a share of its cotangent; an
+    /// operand that several devices have the same of has the sum of theirs.
+    fn vjp(&self, cx: &mut Vjp<'_, '_>) -> Cotangents {
+        let location = Location::caller();
+        let graph = cx.graph().clone();
+        let given = cx.with_cotangents();
+        let wanted: Vec<usize> = (0..cx.operand_count()).filter(|&i| cx.wants(i)).collect();
+        let cotangents: Vec<Tensor> = given.iter().map(|&i| cx.cotangent(i)).collect();
+        let operands: Vec<Tensor> = (0..cx.operand_count()).map(|i| cx.input(i)).collect();
+        let pieces = |sharding: &Sharding, whole: &Tensor| {
+            (None, Aval::new(whole.dtype(), &sharding.local_shape(&self.mesh, whole.shape())))
+        };
+        let avals: Vec<(Option<String>, Aval)> = (given.iter().zip(&cotangents))
+            .map(|(&i, ct)| pieces(&self.outputs[i], ct))
+            .chain(self.inputs.iter().zip(&operands).map(|(sharding, x)| pieces(sharding, x)))
+            .collect();
+        let body = graph.in_manual(|| {
+            graph.trace_avals(location, "manual_computation", &avals, None, |args| {
+                let (cotangents, operands) = args.split_at(given.len());
+                let share = |(&i, ct): (&usize, &Tensor)| {
+                    let same: usize =
+                        self.without(&self.outputs[i]).iter().map(|axis| graph.devices_along(axis)).product();
+                    if same == 1 { ct.clone() } else { ct * (1.0 / same as f64) }
+                };
+                let shares: Vec<Tensor> = given.iter().zip(cotangents).map(share).collect();
+                let found = graph.pulled_back(&self.body, operands, &given, &shares, &wanted);
+                let total = |(&i, ct): (&usize, Tensor)| match self.without(&self.inputs[i]).as_slice() {
+                    [] => ct,
+                    axes => ct.all_reduce(Fold::Sum, &axes.iter().map(String::as_str).collect::<Vec<_>>()),
+                };
+                wanted.iter().zip(found).map(total).collect()
+            })
+        });
+        let inputs = given.iter().map(|&i| self.outputs[i].clone()).chain(self.inputs.clone()).collect();
+        let outputs = wanted.iter().map(|&i| self.inputs[i].clone()).collect();
+        let op = ManualComputation { mesh: self.mesh.clone(), inputs, outputs, body };
+        let found = graph.apply(op, &cotangents.iter().chain(&operands).collect::<Vec<_>>());
+        let mut results = cx.nothing();
+        wanted.iter().zip(found).for_each(|(&i, ct)| results[i] = Some(ct));
+        Ok(results)
+    }
 }
 
 impl ManualComputation {
+    /// The mesh axes, of more than one device, along which all devices have the same piece.
+    fn without(&self, sharding: &Sharding) -> Vec<String> {
+        let used = |name: &String| sharding.dims.iter().flatten().any(|axis| axis == name);
+        let axes = self.mesh.axes().iter().filter(|(name, size)| *size > 1 && !used(name));
+        axes.map(|(name, _)| name.clone()).collect()
+    }
+
     fn shardy(&self, cx: &mut Cx<'_, '_>) -> String {
         let shardings = |all: &[Sharding]| {
             list(&all.iter().map(|sharding| format!("<@mesh, {}>", sharding.shardy())).collect::<Vec<_>>())

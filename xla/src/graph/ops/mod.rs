@@ -8,6 +8,7 @@ use std::fmt;
 
 use super::aval::Aval;
 use super::emit::Cx;
+use super::grad::{Cotangents, Vjp};
 use super::module::Body;
 use super::tensor::Tensor;
 
@@ -23,6 +24,7 @@ pub mod gather;
 pub mod manual;
 pub mod random;
 pub mod reduce;
+pub mod scan;
 pub mod scatter;
 pub mod select;
 pub mod shape;
@@ -43,6 +45,19 @@ pub struct OpInfo {
     pub summary: &'static str,
     /// The fewest and the most operands.
     pub operands: (usize, usize),
+    /// Whether a gradient flows through it.
+    pub gradient: Gradient,
+}
+
+/// Whether a gradient flows through an op.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Gradient {
+    /// By [`Op::vjp`].
+    Flows,
+    /// The derivative is zero everywhere that there is one, or the results are no floats.
+    Zero(&'static str),
+    /// There is no rule: differentiating through it is an error.
+    Missing(&'static str),
 }
 
 /// One operation with its attributes.
@@ -62,6 +77,21 @@ pub trait Op: Any + fmt::Debug {
         1
     }
 
+    /// The cotangents of the operands, given those of the results: the derivative, written with other ops. Asked only where
+    /// the gradient of something depends on it.
+    fn vjp(&self, _cx: &mut Vjp<'_, '_>) -> Cotangents {
+        match self.info().gradient {
+            Gradient::Zero(_) => Ok(_cx.nothing()),
+            Gradient::Missing(why) => Err(why.to_string()),
+            Gradient::Flows => Err("the op has no rule".to_string()),
+        }
+    }
+
+    /// The operand that the only result is, where nothing is computed: it has no line of its own.
+    fn passes(&self) -> Option<usize> {
+        None
+    }
+
     /// The bodies inside, for a walk over the whole module.
     fn regions(&self) -> Vec<&Body> {
         Vec::new()
@@ -75,18 +105,26 @@ impl dyn Op {
     }
 }
 
-/// Declares the number of operands (`2`, or `1..` for one or more), the name and the summary of an op beside its type.
+/// Declares the number of operands (`2`, or `1..` for one or more), the name and the summary of an op beside its type, and
+/// why no gradient flows where none does: `Zero "why"`, `Missing "why"`.
 macro_rules! op_info {
-    ($type:ty, $least:literal.., $name:literal, $summary:literal) => {
-        op_info!(@ $type, ($least, usize::MAX), $name, $summary);
+    ($type:ty, $least:literal.., $name:literal, $summary:literal $(, $gradient:ident $why:literal)?) => {
+        op_info!(@ $type, ($least, usize::MAX), $name, $summary $(, $gradient $why)?);
     };
-    ($type:ty, $count:literal, $name:literal, $summary:literal) => {
-        op_info!(@ $type, ($count, $count), $name, $summary);
+    ($type:ty, $count:literal, $name:literal, $summary:literal $(, $gradient:ident $why:literal)?) => {
+        op_info!(@ $type, ($count, $count), $name, $summary $(, $gradient $why)?);
     };
     (@ $type:ty, $operands:expr, $name:literal, $summary:literal) => {
+        op_info!(@@ $type, $operands, $name, $summary, super::Gradient::Flows);
+    };
+    (@ $type:ty, $operands:expr, $name:literal, $summary:literal, $gradient:ident $why:literal) => {
+        op_info!(@@ $type, $operands, $name, $summary, super::Gradient::$gradient($why));
+    };
+    (@@ $type:ty, $operands:expr, $name:literal, $summary:literal, $gradient:expr) => {
         impl $type {
-            /// Name, summary and number of operands.
-            pub const INFO: OpInfo = OpInfo { name: $name, summary: $summary, operands: $operands };
+            /// Name, summary, number of operands, and whether a gradient flows.
+            pub const INFO: OpInfo =
+                OpInfo { name: $name, summary: $summary, operands: $operands, gradient: $gradient };
         }
     };
 }
@@ -146,6 +184,7 @@ pub const ALL: &[OpInfo] = &[
     convert::Convert::INFO,
     convert::BitcastConvert::INFO,
     convert::ReducePrecision::INFO,
+    convert::StopGradient::INFO,
     constant::Constant::INFO,
     constant::Iota::INFO,
     shape::BroadcastInDim::INFO,
@@ -167,6 +206,7 @@ pub const ALL: &[OpInfo] = &[
     sort::TopK::INFO,
     random::RngBitGenerator::INFO,
     control::Call::INFO,
+    scan::Scan::INFO,
     control::While::INFO,
     control::Case::INFO,
     control::OptimizationBarrier::INFO,

@@ -25,7 +25,7 @@ pub struct RngBitGenerator {
     pub bits: Aval,
 }
 
-op_info!(RngBitGenerator, 1, "rng_bit_generator", "random bits from a state");
+op_info!(RngBitGenerator, 1, "rng_bit_generator", "random bits from a state", Zero "bits are not values");
 
 impl Op for RngBitGenerator {
     fn info(&self) -> &'static OpInfo {

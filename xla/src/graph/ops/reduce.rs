@@ -2,11 +2,13 @@
 
 use super::constant::{Scalar, integer_range, splat_text};
 use super::select::{Direction, compare_type};
+use super::shape::wide_sum;
 use super::unary::Class;
 use super::{Op, OpInfo, op_info, pair};
 use crate::DType;
 use crate::graph::aval::{Aval, list};
 use crate::graph::emit::Cx;
+use crate::graph::grad::{Cotangents, Vjp};
 use crate::graph::tensor::Tensor;
 
 /// The operation that folds two elements into one. The order of folding is not given, so floats are summed to within
@@ -108,6 +110,50 @@ impl Op for Reduce {
         let (fold, axes) = (self.fold.spelling(), list(&self.axes));
         format!("stablehlo.reduce({x} init: {start}) applies {fold} across dimensions = {axes} : {}", cx.signature())
     }
+
+    /// A sum gives each element the cotangent; an extreme divides it among the elements that are equal to it, as PyTorch's
+    /// `amax` does; a product gives the product of the others.
+    fn vjp(&self, cx: &mut Vjp<'_, '_>) -> Cotangents {
+        let shape = cx.input_aval(0).shape;
+        let kept: Vec<usize> = (0..shape.len()).filter(|axis| !self.axes.contains(axis)).collect();
+        let spread = |x: &Tensor| x.broadcast(&shape, &kept);
+        let axes: Vec<isize> = self.axes.iter().map(|&axis| axis as isize).collect();
+        if cx.wants(1) && self.fold != Fold::Sum {
+            return Err("only a sum has a derivative in what it begins with".to_string());
+        }
+        let ct = cx.ct();
+        let whole: Vec<isize> = (0..ct.rank() as isize).collect();
+        cx.each(|cx, i| match (i, self.fold) {
+            (0, Fold::Sum) => spread(&ct),
+            (0, Fold::Max | Fold::Min) => {
+                let extreme = cx.input(0).eq(&spread(&cx.output(0))).cast(ct.dtype());
+                let each = &ct / wide_sum(&extreme, &axes);
+                spread(&each) * extreme
+            }
+            (0, _) => spread(&ct) * product_of_others(&cx.input(0), &self.axes),
+            _ => wide_sum(&ct, &whole),
+        })
+    }
+}
+
+/// For each element the product of the others along these axes; zeros among them do not hurt. It takes the square of their
+/// number of elements.
+fn product_of_others(x: &Tensor, axes: &[usize]) -> Tensor {
+    let kept: Vec<usize> = (0..x.rank()).filter(|axis| !axes.contains(axis)).collect();
+    let order = [&kept[..], axes].concat();
+    let ordered = x.transpose(&order);
+    let outer: Vec<usize> = kept.iter().map(|&axis| x.shape()[axis]).collect();
+    let n: usize = axes.iter().map(|&axis| x.shape()[axis]).product();
+    let square = [&outer[..], &[n, n]].concat();
+    let rank = square.len();
+    let rows = ordered.reshape(&[&outer[..], &[n]].concat());
+    let dims: Vec<usize> = (0..rank - 2).chain([rank - 1]).collect();
+    let (i, j) = (x.graph.iota(DType::I32, &square, rank - 2), x.graph.iota(DType::I32, &square, rank - 1));
+    let rows = rows.broadcast(&square, &dims);
+    let others = i.eq(&j).select(&rows.splat(1.0.into()), &rows).product(&[-1]);
+    let mut inverse = vec![0; order.len()];
+    order.iter().enumerate().for_each(|(to, &from)| inverse[from] = to);
+    others.reshape(ordered.shape()).transpose(&inverse)
 }
 
 /// The largest or smallest element along an axis, and its position (i32). Of equal elements the first counts, and a
@@ -193,6 +239,15 @@ impl Op for ArgReduce {
 
     fn result_count(&self, _inputs: usize) -> usize {
         2
+    }
+
+    /// The cotangent of the extreme, at its position.
+    fn vjp(&self, cx: &mut Vjp<'_, '_>) -> Cotangents {
+        let (shape, ct, at) = (cx.input_aval(0).shape, cx.ct(), cx.output(1));
+        let kept: Vec<usize> = (0..shape.len()).filter(|&axis| axis != self.axis).collect();
+        let here = ct.graph.iota(DType::I32, &shape, self.axis).eq(&at.broadcast(&shape, &kept));
+        let ct = ct.broadcast(&shape, &kept);
+        Ok(vec![Some(here.select(&ct, &ct.splat(0.0.into())))])
     }
 }
 
@@ -290,7 +345,7 @@ impl Tensor {
     /// e^x / Σ e^x along an axis, computed on x − max x. Floats only.
     #[track_caller]
     pub fn softmax(&self, axis: isize) -> Tensor {
-        let peak = self.max_keep(&[axis]).broadcast_to(self.shape());
+        let peak = self.max_keep(&[axis]).stop_gradient().broadcast_to(self.shape());
         let exp = (self - peak).exp();
         let total = exp.sum_keep(&[axis]).broadcast_to(self.shape());
         exp / total

@@ -1,9 +1,11 @@
 //! Windows written at a tensor of positions.
 
+use super::gather::{Gather, last_positions};
 use super::reduce::Fold;
 use super::{Op, OpInfo, op_info};
 use crate::graph::aval::{Aval, list};
 use crate::graph::emit::Cx;
+use crate::graph::grad::{Cotangents, Vjp};
 use crate::graph::tensor::Tensor;
 
 /// The first operand with the windows of the third written at the positions that the second gives. A window that
@@ -106,6 +108,56 @@ impl Op for Scatter {
         let region = combiner(cx, self.fold);
         format!("\"stablehlo.scatter\"({}) <{{{attrs}}}> ({region}) : {}", cx.operands(), cx.signature())
     }
+
+    /// The updates have the cotangents of where they were written; the operand has them all where they were added to it, and
+    /// those of what was not overwritten.
+    fn vjp(&self, cx: &mut Vjp<'_, '_>) -> Cotangents {
+        match self.fold {
+            Some(Fold::Sum) => {}
+            None if self.unique_indices => {}
+            None => {
+                return Err("which of several updates of one place stays is not known: promise unique indices".into());
+            }
+            Some(fold) => return Err(format!("only sums and overwriting have a derivative, not {fold:?}")),
+        }
+        let (x, updates) = (cx.input_aval(0), cx.input_aval(2));
+        let (at, ct) = (cx.input(1), cx.ct());
+        let mut slice_sizes = vec![1; x.rank()];
+        let dropped =
+            |axis: &usize| self.inserted_window_dims.contains(axis) || self.input_batching_dims.contains(axis);
+        let kept = (0..x.rank()).filter(|axis| !dropped(axis));
+        kept.zip(&self.update_window_dims).for_each(|(axis, &of)| slice_sizes[axis] = updates.shape[of]);
+        cx.each(|cx, i| {
+            if i == 0 {
+                let zeros = cx.graph().full(0i64, updates.dtype, &updates.shape);
+                return match self.fold {
+                    Some(_) => ct.clone(),
+                    None => cx.graph().apply1(self.clone(), &[&ct, &at, &zeros]),
+                };
+            }
+            let op = Gather {
+                offset_dims: self.update_window_dims.clone(),
+                collapsed_slice_dims: self.inserted_window_dims.clone(),
+                operand_batching_dims: self.input_batching_dims.clone(),
+                start_indices_batching_dims: self.scatter_indices_batching_dims.clone(),
+                start_index_map: self.scatter_dims_to_operand_dims.clone(),
+                index_vector_dim: self.index_vector_dim,
+                slice_sizes: slice_sizes.clone(),
+                indices_are_sorted: self.indices_are_sorted,
+            };
+            let read = cx.graph().apply1(op, &[&ct, &at]);
+            // A gather moves a window inside that a scatter leaves out.
+            let last = self.scatter_dims_to_operand_dims.iter().map(|&axis| (x.shape[axis] - slice_sizes[axis]) as i64);
+            let last = last_positions(&at, &last.collect::<Vec<_>>(), self.index_vector_dim);
+            let mut fits = at.ge(0i64) & at.le(&last);
+            if self.index_vector_dim < at.rank() {
+                fits = fits.all(&[self.index_vector_dim as isize]);
+            }
+            let positions: Vec<usize> =
+                (0..updates.rank()).filter(|axis| !self.update_window_dims.contains(axis)).collect();
+            fits.broadcast(&updates.shape, &positions).select(&read, &read.splat(0.0.into()))
+        })
+    }
 }
 
 /// The region that combines an old and a new element of operand 0's type.
@@ -123,6 +175,25 @@ pub(crate) fn combiner(cx: &mut Cx<'_, '_>, fold: Option<Fold>) -> String {
 }
 
 impl Tensor {
+    /// Zeros of shape `shape` with this tensor added at `indices` along `axis`: what undoes [`Tensor::take_along`].
+    #[track_caller]
+    pub(crate) fn add_along(&self, indices: &Tensor, axis: usize, shape: &[usize]) -> Tensor {
+        let others: Vec<usize> = (0..self.rank()).filter(|&other| other != axis).collect();
+        let op = Scatter {
+            update_window_dims: vec![],
+            inserted_window_dims: vec![axis],
+            input_batching_dims: others.clone(),
+            scatter_indices_batching_dims: others,
+            scatter_dims_to_operand_dims: vec![axis],
+            index_vector_dim: self.rank(),
+            fold: Some(Fold::Sum),
+            indices_are_sorted: false,
+            unique_indices: false,
+        };
+        let zeros = self.graph.full(0i64, self.dtype(), shape);
+        self.graph.apply1(op, &[&zeros, indices, self])
+    }
+
     /// This tensor (N, …) or (B, T, …) with `updates` written at `indices`, whose last axis holds one component for
     /// each of this tensor's first axes; `updates` has the other axes of `indices`, then the rest of this tensor's.
     /// `fold` combines old and new elements (`None` takes the new). An index out of range writes nothing.

@@ -6,6 +6,7 @@ use super::{Op, OpInfo, op_info};
 use crate::DType;
 use crate::graph::aval::Aval;
 use crate::graph::emit::Cx;
+use crate::graph::grad::{Cotangents, Vjp};
 use crate::graph::tensor::{Operand, Tensor};
 
 /// The relation that a [`Compare`] tests.
@@ -40,7 +41,7 @@ pub struct Compare {
     pub direction: Direction,
 }
 
-op_info!(Compare, 2, "compare", "elementwise comparison");
+op_info!(Compare, 2, "compare", "elementwise comparison", Zero "the result is a pred");
 
 /// The comparison type of StableHLO for an element type.
 pub(crate) fn compare_type(dtype: DType) -> &'static str {
@@ -121,6 +122,12 @@ impl Op for Select {
     fn stablehlo(&self, cx: &mut Cx<'_, '_>) -> String {
         format!("stablehlo.select {} : {}, {}", cx.operands(), cx.input(0).mlir(), cx.output_type(0))
     }
+
+    fn vjp(&self, cx: &mut Vjp<'_, '_>) -> Cotangents {
+        let (which, ct) = (cx.input(0), cx.ct());
+        let zero = ct.splat(0.0.into());
+        cx.each(|_, i| if i == 1 { which.select(&ct, &zero) } else { which.select(&zero, &ct) })
+    }
 }
 
 /// Each element moved into an interval.
@@ -144,6 +151,18 @@ impl Op for Clamp {
 
     fn stablehlo(&self, cx: &mut Cx<'_, '_>) -> String {
         format!("stablehlo.clamp {} : {}", cx.operands(), cx.output_type(0))
+    }
+
+    /// The operand that the result is has the cotangent; x on a bound has it.
+    fn vjp(&self, cx: &mut Vjp<'_, '_>) -> Cotangents {
+        let (low, x, high, ct) = (cx.input(0), cx.input(1), cx.input(2), cx.ct());
+        let zero = ct.splat(0.0.into());
+        let inside = x.ge(&low) & x.le(&high);
+        cx.each(|_, i| match i {
+            0 => (x.lt(&low) & low.le(&high)).select(&ct, &zero),
+            1 => inside.select(&ct, &zero),
+            _ => (x.gt(&high) | high.lt(&low)).select(&ct, &zero),
+        })
     }
 }
 

@@ -1,8 +1,10 @@
 //! Ops that move elements without computing.
 
 use super::{Op, OpInfo, op_info};
+use crate::DType;
 use crate::graph::aval::{Aval, list};
 use crate::graph::emit::Cx;
+use crate::graph::grad::{Cotangents, Vjp};
 use crate::graph::tensor::Tensor;
 
 /// An operand placed on some axes of a larger shape and repeated along the others.
@@ -44,6 +46,23 @@ impl Op for BroadcastInDim {
     fn stablehlo(&self, cx: &mut Cx<'_, '_>) -> String {
         format!("stablehlo.broadcast_in_dim {}, dims = {} : {}", cx.operands(), list(&self.dims), cx.signature())
     }
+
+    /// The sum over what was repeated.
+    fn vjp(&self, cx: &mut Vjp<'_, '_>) -> Cotangents {
+        let x = cx.input_aval(0);
+        let repeated = |axis: usize| match self.dims.iter().position(|&dim| dim == axis) {
+            Some(i) => x.shape[i] != self.shape[axis],
+            None => true,
+        };
+        let axes: Vec<isize> = (0..self.shape.len()).filter(|&axis| repeated(axis)).map(|axis| axis as isize).collect();
+        let sum = wide_sum(&cx.ct(), &axes);
+        // What is left has the order of the result; the operand's axes may have another.
+        let mut left: Vec<usize> = (0..x.rank()).filter(|&i| !repeated(self.dims[i])).collect();
+        let order = left.clone();
+        left.sort_by_key(|&i| self.dims[i]);
+        let position = |i: &usize| left.iter().position(|j| j == i).unwrap_or_default();
+        Ok(vec![Some(sum.transpose(&order.iter().map(position).collect::<Vec<_>>()).reshape(&x.shape))])
+    }
 }
 
 /// The same elements in the same order under another shape.
@@ -71,6 +90,11 @@ impl Op for Reshape {
 
     fn stablehlo(&self, cx: &mut Cx<'_, '_>) -> String {
         format!("stablehlo.reshape {} : {}", cx.operands(), cx.signature())
+    }
+
+    fn vjp(&self, cx: &mut Vjp<'_, '_>) -> Cotangents {
+        let shape = cx.input_aval(0).shape;
+        Ok(vec![Some(cx.ct().reshape(&shape))])
     }
 }
 
@@ -102,6 +126,12 @@ impl Op for Transpose {
     fn stablehlo(&self, cx: &mut Cx<'_, '_>) -> String {
         format!("stablehlo.transpose {}, dims = {} : {}", cx.operands(), list(&self.permutation), cx.signature())
     }
+
+    fn vjp(&self, cx: &mut Vjp<'_, '_>) -> Cotangents {
+        let mut inverse = vec![0; self.permutation.len()];
+        self.permutation.iter().enumerate().for_each(|(to, &from)| inverse[from] = to);
+        Ok(vec![Some(cx.ct().transpose(&inverse))])
+    }
 }
 
 /// Some axes in reverse.
@@ -129,6 +159,21 @@ impl Op for Reverse {
     fn stablehlo(&self, cx: &mut Cx<'_, '_>) -> String {
         format!("stablehlo.reverse {}, dims = {} : {}", cx.operands(), list(&self.axes), cx.output_type(0))
     }
+
+    fn vjp(&self, cx: &mut Vjp<'_, '_>) -> Cotangents {
+        let ct = cx.ct();
+        Ok(vec![Some(ct.graph.apply1(self.clone(), &[&ct]))])
+    }
+}
+
+/// The sum over these axes, kept in f32 for floats of 16 bits.
+pub(crate) fn wide_sum(x: &Tensor, axes: &[isize]) -> Tensor {
+    if axes.is_empty() {
+        return x.clone();
+    }
+    let dtype = x.dtype();
+    let wide = if dtype.bits() < 32 { DType::F32 } else { dtype };
+    x.cast(wide).sum(axes).cast(dtype)
 }
 
 impl Tensor {

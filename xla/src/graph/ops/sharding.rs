@@ -5,6 +5,7 @@ use std::panic::Location;
 use super::{Op, OpInfo, op_info};
 use crate::graph::aval::Aval;
 use crate::graph::emit::{Cx, Emission, sharding_attr};
+use crate::graph::grad::{Cotangents, Vjp};
 use crate::graph::sharding::Sharding;
 use crate::graph::tensor::Tensor;
 
@@ -39,6 +40,12 @@ impl Op for ShardingConstraint {
             ),
             _ => format!("sdy.sharding_constraint {x} <@mesh, {}> : {result}", self.sharding.shardy()),
         }
+    }
+
+    /// The cotangent lies where the value does.
+    fn vjp(&self, cx: &mut Vjp<'_, '_>) -> Cotangents {
+        let ct = cx.ct();
+        Ok(vec![Some(ct.graph.apply1(self.clone(), &[&ct]))])
     }
 }
 

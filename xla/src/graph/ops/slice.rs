@@ -2,10 +2,12 @@
 
 use std::panic::Location;
 
+use super::shape::wide_sum;
 use super::{Op, OpInfo, op_info};
 use crate::DType;
 use crate::graph::aval::{Aval, list};
 use crate::graph::emit::Cx;
+use crate::graph::grad::{Cotangents, Vjp};
 use crate::graph::graph::Graph;
 use crate::graph::tensor::{Operand, Tensor};
 
@@ -53,6 +55,21 @@ impl Op for Slice {
             })
             .collect();
         format!("stablehlo.slice {} {} : {}", cx.operands(), list(&ranges), cx.signature())
+    }
+
+    /// Zeros where nothing was taken.
+    fn vjp(&self, cx: &mut Vjp<'_, '_>) -> Cotangents {
+        let (x, ct) = (cx.input_aval(0), cx.ct());
+        let interior: Vec<usize> = self.stride.iter().map(|step| step - 1).collect();
+        let low: Vec<i64> = self.start.iter().map(|&start| start as i64).collect();
+        let high = (0..x.rank()).map(|axis| {
+            let taken = ct.shape()[axis];
+            let spread = taken + taken.saturating_sub(1) * interior[axis];
+            x.shape[axis] as i64 - low[axis] - spread as i64
+        });
+        let pad = Pad { high: high.collect(), low, interior };
+        let zero = ct.graph.scalar(0i64, ct.dtype());
+        Ok(vec![Some(ct.graph.apply1(pad, &[&ct, &zero]))])
     }
 }
 
@@ -102,6 +119,21 @@ impl Op for Pad {
         let operands = cx.operands();
         format!("stablehlo.pad {operands}, low = {low}, high = {high}, interior = {interior} : {}", cx.signature())
     }
+
+    /// The operand's places; the padding has the rest.
+    fn vjp(&self, cx: &mut Vjp<'_, '_>) -> Cotangents {
+        let (x, ct) = (cx.input_aval(0), cx.ct());
+        let zero = ct.graph.scalar(0i64, ct.dtype());
+        // What was put around goes, what was taken away comes back as zeros; then the elements between go.
+        let back = |side: &[i64]| side.iter().map(|n| -n).collect::<Vec<i64>>();
+        let pad = Pad { low: back(&self.low), high: back(&self.high), interior: vec![0; x.rank()] };
+        let spread = ct.graph.apply1(pad, &[&ct, &zero]);
+        let stride: Vec<usize> = self.interior.iter().map(|n| n + 1).collect();
+        let slice = Slice { start: vec![0; x.rank()], limit: spread.shape().to_vec(), stride };
+        let inner = ct.graph.apply1(slice, &[&spread]);
+        let all = |x: &Tensor| wide_sum(x, &(0..x.rank() as isize).collect::<Vec<_>>());
+        cx.each(|_, i| if i == 0 { inner.clone() } else { all(&ct) - all(&inner) })
+    }
 }
 
 /// Tensors one after the other along an axis.
@@ -144,6 +176,23 @@ impl Op for Concatenate {
 
     fn stablehlo(&self, cx: &mut Cx<'_, '_>) -> String {
         format!("stablehlo.concatenate {}, dim = {} : {}", cx.operands(), self.axis, cx.signature())
+    }
+
+    fn vjp(&self, cx: &mut Vjp<'_, '_>) -> Cotangents {
+        let ct = cx.ct();
+        let mut from = 0;
+        let parts: Vec<(usize, usize)> = (0..cx.operand_count())
+            .map(|i| {
+                let part = (from, from + cx.input_aval(i).shape[self.axis]);
+                from = part.1;
+                part
+            })
+            .collect();
+        cx.each(|_, i| {
+            let (mut start, mut limit) = (vec![0; ct.rank()], ct.shape().to_vec());
+            (start[self.axis], limit[self.axis]) = parts[i];
+            ct.graph.apply1(Slice { start, limit, stride: vec![1; ct.rank()] }, &[&ct])
+        })
     }
 }
 

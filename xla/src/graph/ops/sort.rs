@@ -6,6 +6,7 @@ use super::{Op, OpInfo, op_info, pair};
 use crate::DType;
 use crate::graph::aval::Aval;
 use crate::graph::emit::Cx;
+use crate::graph::grad::{Cotangents, Vjp};
 use crate::graph::tensor::Tensor;
 
 /// The operands put in the order of the first along an axis; the others go along. The order is stable, and total for
@@ -65,6 +66,14 @@ impl Op for Sort {
     fn result_count(&self, inputs: usize) -> usize {
         inputs
     }
+
+    /// Each cotangent goes back to where its element came from.
+    fn vjp(&self, cx: &mut Vjp<'_, '_>) -> Cotangents {
+        let positions = cx.graph().iota(DType::I32, &cx.input_aval(0).shape, self.axis);
+        let key = cx.input(0);
+        let (_, from) = pair(cx.graph().apply(self.clone(), &[&key, &positions]), &key);
+        cx.each(|cx, i| cx.cotangent(i).add_along(&from, self.axis, key.shape()))
+    }
 }
 
 /// The k largest elements along the last axis, from the largest down, and their positions (i32). Of equal elements the
@@ -101,6 +110,12 @@ impl Op for TopK {
 
     fn result_count(&self, _inputs: usize) -> usize {
         2
+    }
+
+    /// The cotangents of the values, at their positions.
+    fn vjp(&self, cx: &mut Vjp<'_, '_>) -> Cotangents {
+        let (shape, at, ct) = (cx.input_aval(0).shape, cx.output(1), cx.ct());
+        Ok(vec![Some(ct.add_along(&at, shape.len() - 1, &shape))])
     }
 }
 

@@ -4,6 +4,7 @@ use super::{Op, OpInfo, op_info};
 use crate::DType;
 use crate::graph::aval::Aval;
 use crate::graph::emit::Cx;
+use crate::graph::grad::{Cotangents, Vjp};
 use crate::graph::tensor::Tensor;
 
 /// The element types that an elementwise op takes.
@@ -39,15 +40,19 @@ impl Class {
     }
 }
 
-/// Declares ops of one operand: docstring, type, method, class, name (as StableHLO spells it) and summary.
+/// Declares ops of one operand: docstring, type, method, class, name (as StableHLO spells it), summary, and the cotangent of
+/// the operand (`c` is a [`Vjp`]) or why it is zero.
 macro_rules! unary {
-    ($(#[$doc:meta] $op:ident . $method:ident ($class:ident) $name:literal $summary:literal;)*) => {
+    ($(
+        #[$doc:meta] $op:ident . $method:ident ($class:ident) $name:literal $summary:literal
+        $(zero $why:literal)? $(=> |$c:ident| $rule:expr)?;
+    )*) => {
         $(
             #[$doc]
             #[derive(Clone, Debug)]
             pub struct $op;
 
-            op_info!($op, 1, $name, $summary);
+            op_info!($op, 1, $name, $summary $(, Zero $why)?);
 
             impl Op for $op {
                 fn info(&self) -> &'static OpInfo {
@@ -62,6 +67,12 @@ macro_rules! unary {
                 fn stablehlo(&self, cx: &mut Cx<'_, '_>) -> String {
                     format!("stablehlo.{} {} : {}", $name, cx.operand(0), cx.output_type(0))
                 }
+
+                $(
+                    fn vjp(&self, $c: &mut Vjp<'_, '_>) -> Cotangents {
+                        Ok(vec![Some($rule)])
+                    }
+                )?
             }
 
             impl Tensor {
@@ -77,49 +88,49 @@ macro_rules! unary {
 
 unary! {
     /// |x|.
-    Abs.abs(Signed) "abs" "absolute value";
+    Abs.abs(Signed) "abs" "absolute value" => |c| c.ct() * c.input(0).sign();
     /// The real cube root, of negative numbers too.
-    Cbrt.cbrt(Float) "cbrt" "cube root";
+    Cbrt.cbrt(Float) "cbrt" "cube root" => |c| c.ct() / (c.output(0).square() * 3.0);
     /// The smallest whole number that is not below x.
-    Ceil.ceil(Float) "ceil" "round towards plus infinity";
+    Ceil.ceil(Float) "ceil" "round towards plus infinity" zero "a step function";
     /// The number of zero bits above the highest one.
-    Clz.clz(Integer) "count_leading_zeros" "leading zero bits";
+    Clz.clz(Integer) "count_leading_zeros" "leading zero bits" zero "of integers";
     /// cos x, x in radians.
-    Cos.cos(Float) "cosine" "cosine of radians";
+    Cos.cos(Float) "cosine" "cosine of radians" => |c| -(c.ct() * c.input(0).sin());
     /// eˣ.
-    Exp.exp(Float) "exponential" "e to the power of x";
+    Exp.exp(Float) "exponential" "e to the power of x" => |c| c.ct() * c.output(0);
     /// eˣ − 1, accurate near 0.
-    Expm1.expm1(Float) "exponential_minus_one" "e to the power of x, minus 1";
+    Expm1.expm1(Float) "exponential_minus_one" "e to the power of x, minus 1" => |c| c.ct() * (c.output(0) + 1.0);
     /// The largest whole number that is not above x.
-    Floor.floor(Float) "floor" "round towards minus infinity";
+    Floor.floor(Float) "floor" "round towards minus infinity" zero "a step function";
     /// ln x.
-    Log.log(Float) "log" "natural logarithm";
+    Log.log(Float) "log" "natural logarithm" => |c| c.ct() / c.input(0);
     /// ln(1 + x), accurate near 0.
-    Log1p.log1p(Float) "log_plus_one" "natural logarithm of 1 + x";
+    Log1p.log1p(Float) "log_plus_one" "natural logarithm of 1 + x" => |c| c.ct() / (c.input(0) + 1.0);
     /// 1 / (1 + e^(−x)).
-    Logistic.logistic(Float) "logistic" "the sigmoid function";
+    Logistic.logistic(Float) "logistic" "the sigmoid function" => |c| c.ct() * (c.output(0) * (1.0 - c.output(0)));
     /// −x. Integers wrap.
-    Neg.neg(Numeric) "negate" "minus x";
+    Neg.neg(Numeric) "negate" "minus x" => |c| -c.ct();
     /// Every bit flipped; for `pred` the logical not.
-    Not.not(Bits) "not" "bits flipped";
+    Not.not(Bits) "not" "bits flipped" zero "of bits";
     /// The number of one bits.
-    Popcnt.popcnt(Integer) "popcnt" "one bits";
+    Popcnt.popcnt(Integer) "popcnt" "one bits" zero "of integers";
     /// The nearest whole number, ties to even.
-    Round.round(Float) "round_nearest_even" "nearest whole number, ties to even";
+    Round.round(Float) "round_nearest_even" "nearest whole number, ties to even" zero "a step function";
     /// The nearest whole number, ties away from zero.
-    RoundAfz.round_afz(Float) "round_nearest_afz" "nearest whole number, ties away from zero";
+    RoundAfz.round_afz(Float) "round_nearest_afz" "nearest whole number, ties away from zero" zero "a step function";
     /// 1 / √x.
-    Rsqrt.rsqrt(Float) "rsqrt" "reciprocal square root";
+    Rsqrt.rsqrt(Float) "rsqrt" "reciprocal square root" => |c| c.ct() * (c.output(0) / c.input(0) * -0.5);
     /// −1, 0 or 1 as x is below, at or above zero; NaN stays NaN.
-    Sign.sign(Signed) "sign" "sign of x";
+    Sign.sign(Signed) "sign" "sign of x" zero "a step function";
     /// sin x, x in radians.
-    Sin.sin(Float) "sine" "sine of radians";
+    Sin.sin(Float) "sine" "sine of radians" => |c| c.ct() * c.input(0).cos();
     /// √x.
-    Sqrt.sqrt(Float) "sqrt" "square root";
+    Sqrt.sqrt(Float) "sqrt" "square root" => |c| c.ct() * 0.5 / c.output(0);
     /// tan x, x in radians.
-    Tan.tan(Float) "tan" "tangent of radians";
+    Tan.tan(Float) "tan" "tangent of radians" => |c| c.ct() * (c.output(0).square() + 1.0);
     /// tanh x.
-    Tanh.tanh(Float) "tanh" "hyperbolic tangent";
+    Tanh.tanh(Float) "tanh" "hyperbolic tangent" => |c| c.ct() * (1.0 - c.output(0).square());
 }
 
 /// The error function, 2/√π ∫₀ˣ e^(−t²) dt.
@@ -142,13 +153,19 @@ impl Op for Erf {
         let kind = cx.output_type(0);
         format!("chlo.erf {} : {kind} -> {kind}", cx.operand(0))
     }
+
+    /// 2/√π e^(−x²).
+    fn vjp(&self, cx: &mut Vjp<'_, '_>) -> Cotangents {
+        let slope = (-cx.input(0).square()).exp() * std::f64::consts::FRAC_2_SQRT_PI;
+        Ok(vec![Some(cx.ct() * slope)])
+    }
 }
 
 /// Whether each element is neither infinite nor NaN.
 #[derive(Clone, Debug)]
 pub struct IsFinite;
 
-op_info!(IsFinite, 1, "is_finite", "whether x is neither infinite nor NaN");
+op_info!(IsFinite, 1, "is_finite", "whether x is neither infinite nor NaN", Zero "the result is a pred");
 
 impl Op for IsFinite {
     fn info(&self) -> &'static OpInfo {

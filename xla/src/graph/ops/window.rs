@@ -2,9 +2,11 @@
 
 use super::reduce::Fold;
 use super::scatter::combiner;
+use super::slice::Pad;
 use super::{Op, OpInfo, op_info};
 use crate::graph::aval::{Aval, array_attr, list};
 use crate::graph::emit::Cx;
+use crate::graph::grad::{Cotangents, Vjp};
 use crate::graph::tensor::Tensor;
 
 /// The elements of each position of a sliding window folded into one, beginning with the second operand (a scalar).
@@ -61,6 +63,30 @@ impl Op for ReduceWindow {
         );
         let region = combiner(cx, Some(self.fold));
         format!("\"stablehlo.reduce_window\"({}) <{{{attrs}}}> ({region}) : {}", cx.operands(), cx.signature())
+    }
+
+    /// Each element has the cotangents of the windows that it is in: sums over windows of the cotangents, set apart by the
+    /// strides.
+    fn vjp(&self, cx: &mut Vjp<'_, '_>) -> Cotangents {
+        if self.fold != Fold::Sum || cx.wants(1) {
+            return Err(format!(
+                "only sums over windows have a derivative, and that of their elements; this is {self:?}"
+            ));
+        }
+        let (x, ct) = (cx.input_aval(0), cx.ct());
+        let interior: Vec<usize> = self.strides.iter().map(|step| step - 1).collect();
+        let low: Vec<i64> =
+            self.window.iter().zip(&self.padding).map(|(&window, &(low, _))| window as i64 - 1 - low as i64).collect();
+        let high = (0..x.rank()).map(|axis| {
+            let spread = (ct.shape()[axis] - 1) * self.strides[axis] + 1;
+            (x.shape[axis] + self.window[axis]) as i64 - 1 - spread as i64 - low[axis]
+        });
+        let pad = Pad { high: high.collect(), low, interior };
+        let zero = ct.graph.scalar(0i64, ct.dtype());
+        let spread = ct.graph.apply1(pad, &[&ct, &zero]);
+        let ones = vec![1; x.rank()];
+        let sums = spread.reduce_window(Fold::Sum, &self.window, &ones, &vec![(0, 0); x.rank()]);
+        Ok(vec![Some(sums), None])
     }
 }
 

@@ -43,6 +43,21 @@ pub(super) const ROWS: &[Row] = &[
         let never = g.while_loop(&[&x], |_| g.scalar(false, DType::Pred), |v| vec![-&v[0]]);
         c.is(&never[0], &array![1f32, 3.0]);
     }),
+    ("scan", |c| {
+        let g = c.g.clone();
+        let (h, w) = (c.arg(&array![1f32, 0.0]), c.arg(&array![2f32, 3.0]));
+        let xs = c.arg(&array![[1f32, 2.0], [3.0, 4.0], [5.0, 6.0]]);
+        let (carry, stacks) = g.scan("sums", 3, &[&w], &[&h], &[&xs], |w, h, x| {
+            let next = &h[0] + &x[0] * &w[0];
+            (vec![next.clone()], vec![next.sum(&[0]), h[0].clone()])
+        });
+        c.is(&carry[0], &array![19f32, 36.0]);
+        c.is(&stacks[0], &array![9f32, 27.0, 55.0]);
+        c.is(&stacks[1], &array![[1f32, 0.0], [3.0, 6.0], [9.0, 18.0]]);
+        let (none, stack) = g.scan("never", 0, &[], &[&h], &[], |_, h, _| (vec![-&h[0]], vec![h[0].clone()]));
+        c.is(&none[0], &array![1f32, 0.0]);
+        assert_eq!(stack[0].shape(), [0, 2]);
+    }),
     ("case", |c| {
         for (index, wanted) in [(0, 3.0), (1, -2.0), (2, 12.0), (9, 12.0), (-1, 12.0)] {
             case_of_three(c, index, wanted);

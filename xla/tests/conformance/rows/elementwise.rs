@@ -47,6 +47,11 @@ fn exact(c: &mut Case, x: [f32; 7], op: fn(&Tensor) -> Tensor, wanted: [f32; 7])
 }
 
 pub(super) const ROWS: &[Row] = &[
+    ("stop_gradient", |c| {
+        let x = c.arg(&array![1f32, -2.0]);
+        c.is(&x.stop_gradient(), &array![1f32, -2.0]);
+        c.is(&(x.stop_gradient().abs() + &x), &array![2f32, 0.0]);
+    }),
     ("abs", |c| {
         unary(c, -3.0, 4.0, Tensor::abs, f64::abs);
         exact(c, [-0.0, -INF, NAN, -1.5, 0.0, 2.0, INF], Tensor::abs, [0.0, INF, NAN, 1.5, 0.0, 2.0, INF]);
