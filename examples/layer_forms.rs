@@ -236,7 +236,10 @@ fn build(form: Form, spec: &StepSpec, model: &Blueprint) -> anyhow::Result<Modul
     let frequencies = model::frequencies(&g, b, cfg);
     let (hidden, new) = match form {
         Form::Loop => forward_loop(&p, &tokens, &place, &frequencies, &cache, spec, cfg),
-        _ => model::forward(&p, &tokens, &place, &frequencies, &cache, &spec.cache, cfg),
+        _ => {
+            let decoded = model::forward(&p, &tokens, &place, &frequencies, &cache, &spec.cache, cfg);
+            (decoded.hidden, decoded.cache)
+        }
     };
     for (old, new) in cache.iter().zip(new.iter()) {
         g.output_aliased(&old.name().unwrap_or_default(), new, old);
@@ -299,12 +302,12 @@ fn forward_loop(
         let p: DecoderBlock<Weight> = block.as_ref().map(&mut |weight| weight.with(|| layer_of(&next(), i)));
         let cache = LayerCache { arrays: caches.iter().map(|stack| layer_of(stack, i)).collect() };
         let at = LayerInput { rope: rope.as_ref(), place: &place, cache: &cache, layout: spec.cache.layout(layer) };
-        let (x, new) = model::decoder_block(&p, x, &at, cfg);
+        let block = model::decoder_block(&p, x, &at, cfg);
         let put = |(stack, new): (&Tensor, &Tensor)| {
             stack.dynamic_update_slice(&new.expand_dims(0), &first_of(stack, i, &zero(i)))
         };
-        let mut renewed_values = vec![i + 1i64, x];
-        renewed_values.extend(caches.iter().zip(&new.arrays).map(put));
+        let mut renewed_values = vec![i + 1i64, block.x];
+        renewed_values.extend(caches.iter().zip(&block.cache.arrays).map(put));
         renewed_values.extend_from_slice(&values[renewed..]);
         renewed_values
     };

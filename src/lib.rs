@@ -20,5 +20,6 @@ pub mod precision;
 pub mod runtime;
 pub mod sharding;
 pub mod text;
+pub mod training;
 
 pub use error::Error;

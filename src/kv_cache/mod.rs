@@ -5,6 +5,7 @@
 //! | static | (B, G, T, K); on a TPU (B, T, G, K) | layers that see everything |
 //! | ring | the same with T = W + 32 | layers that see a window of W positions: position p lies at p mod (W + 32) |
 //! | paged | (P, page, G, K) | layers that see everything, where slots share a pool of P pages through a table |
+//! | own | none | training, whose step has all of its tokens |
 //!
 //! Heads come before positions so that each head's keys are a matrix as it lies and XLA:CPU multiplies with it in place: of
 //! (B, T, G, K) it first transposes the whole cache, at every layer of every step. On a TPU the transpose costs nothing, and
@@ -43,7 +44,7 @@ pub struct KvCache<T> {
 pub struct CacheShape {
     /// B, batch slots.
     pub batch: usize,
-    /// T, positions per slot.
+    /// T, positions per slot; 0 where nothing is kept.
     pub len: usize,
     /// Element type; int8 comes with scales.
     pub dtype: DType,
@@ -74,6 +75,13 @@ pub enum Layout {
     },
     /// Position t in page t / size of the slot.
     Paged(Pages),
+    /// Nothing is kept: the tokens of the step are all that there are.
+    Own {
+        /// W, where a query sees only so many positions.
+        window: Option<usize>,
+        /// The type of keys and values.
+        dtype: DType,
+    },
 }
 
 /// Positions that a ring holds beside its window, so that a few may be taken back: steps that were on their way when the
@@ -84,6 +92,7 @@ impl CacheShape {
     /// The layout of one layer: a ring wherever the window is shorter than the cache, so that no other layout has to mask it.
     pub fn layout(&self, layer: &LayerConfig) -> Layout {
         match (layer.window, self.pages) {
+            (window, _) if self.len == 0 => Layout::Own { window, dtype: self.dtype },
             (Some(window), _) if window < self.len => Layout::Ring { window },
             (_, Some(pages)) => Layout::Paged(pages),
             (_, None) => Layout::Static,
@@ -97,7 +106,11 @@ impl CacheShape {
             Layout::Static => self.slot_array(g, self.len, width),
             Layout::Ring { window } => self.slot_array(g, window + SLACK, width),
             Layout::Paged(pages) => [pages.count, pages.size, g, width],
+            Layout::Own { .. } => [0; 4],
         };
+        if let Layout::Own { .. } = self.layout(layer) {
+            return Vec::new();
+        }
         let mut arrays = vec![("k", self.dtype, dims(k)), ("v", self.dtype, dims(k))];
         if self.dtype == DType::I8 {
             arrays.extend([("k_scale", DType::F32, dims(1)), ("v_scale", DType::F32, dims(1))]);

@@ -84,10 +84,13 @@ impl LayerCache<Tensor> {
     ///
     /// In static layout a single slot's window must lie inside the cache; with several slots a window that does not is
     /// dropped whole (StableHLO scatter), which is what a slot that has nothing to write relies on. A ring and pages take
-    /// only the tokens that count.
+    /// only the tokens that count. Without a cache the step's tokens stand at positions 0 to S − 1.
     #[track_caller]
     pub fn step(&self, k: &Tensor, v: &Tensor, place: &Place, layout: Layout) -> (Past, LayerCache<Tensor>) {
-        let dtype = self.arrays[0].dtype();
+        let dtype = match layout {
+            Layout::Own { dtype, .. } => dtype,
+            _ => self.arrays[0].dtype(),
+        };
         let new = match dtype {
             DType::I8 => {
                 let ([k, k_scale], [v, v_scale]) = (quantize(k), quantize(v));
@@ -110,6 +113,11 @@ impl LayerCache<Tensor> {
                     arrays.iter().map(|array| heads_first(&array.narrow(axis, 0, place.read_len), axis)).collect();
                 let (positions, order) = from_the_first();
                 (arrays, read, positions, order)
+            }
+            Layout::Own { window, .. } => {
+                let read = new.iter().map(|new| new.transpose(&[0, 2, 1, 3])).collect();
+                let order = window.map_or(Order::Prefix, |window| Order::Trailing { window, before: 0 });
+                (Vec::new(), read, place.positions.clone(), order)
             }
             Layout::Paged(pages) => {
                 let table = place.table.as_ref().expect("a paged cache comes with a table");

@@ -79,7 +79,7 @@ fn step_kernel(tokens: usize, at: &LayerInput<'_>, cfg: &ModelConfig) -> Option<
         Layout::Static => None,
         // Tokens are written before the first of them looks back: past the slack the oldest keys that it sees would be lost.
         Layout::Ring { window } if tokens <= SLACK => Some(window),
-        Layout::Ring { .. } | Layout::Paged(_) => return None,
+        Layout::Ring { .. } | Layout::Paged(_) | Layout::Own { .. } => return None,
     };
     let kernel = Kernel::new(ATTENTION_STEP)
         .attr("rotates", Attr::Bool(at.rope.is_some()))

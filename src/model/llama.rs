@@ -37,8 +37,19 @@ fn embed(embedding: &Weight, tokens: &Tensor) -> Tensor {
     rows[0].reshape(&[b, s, embedding.shape()[1]])
 }
 
+/// What the decoder gives.
+#[derive(Clone, Debug)]
+pub struct Decoded {
+    /// The hidden states (B, S, M) f32, before the [`final_norm`].
+    pub hidden: Tensor,
+    /// The updated cache.
+    pub cache: KvCache<Tensor>,
+    /// The logits (B, S, E) of the routers, layer by layer, where the graph is for training.
+    pub router_logits: Vec<Tensor>,
+}
+
 /// Runs S new tokens of each slot through the decoder. `tokens`: (B, S) i32; `frequencies`: those of
-/// [`frequencies`](super::frequencies). Returns the hidden states (B, S, M) in f32, before the [`final_norm`], and the updated cache.
+/// [`frequencies`](super::frequencies).
 #[track_caller]
 pub fn forward(
     p: &Llama<Weight>,
@@ -48,7 +59,7 @@ pub fn forward(
     cache: &KvCache<Tensor>,
     shape: &CacheShape,
     cfg: &ModelConfig,
-) -> (Tensor, KvCache<Tensor>) {
+) -> Decoded {
     let g = tokens.graph();
     let ropes = ropes(&place.positions, frequencies, cfg);
 
@@ -60,21 +71,33 @@ pub fn forward(
     }
     x = x.shard(RESIDUAL).named("embedding");
     let mut layers = Vec::with_capacity(cfg.n_layers);
+    let mut router_logits = Vec::new();
     for (i, layer) in cfg.layers.iter().enumerate() {
         let _scope = g.scope(&format!("layers.{i}"));
         let rope = layer.rope.map(|rope| &ropes[rope]);
         let at = LayerInput { rope, place, cache: &cache.layers[i], layout: shape.layout(layer) };
-        let (out, cache) = call_block(&p.layers[i], &x, &at, layer, cfg);
-        x = out.named("out");
-        layers.push(cache);
+        let block = call_block(&p.layers[i], &x, &at, layer, cfg);
+        x = block.x.named("out");
+        layers.push(block.cache);
+        router_logits.extend(block.router_logits);
     }
-    (x, KvCache { layers })
+    Decoded { hidden: x, cache: KvCache { layers }, router_logits }
 }
 
 /// The hidden states (B, S, M) as the head reads them, f32.
 #[track_caller]
 pub fn final_norm(p: &Llama<Weight>, x: &Tensor, cfg: &ModelConfig) -> Tensor {
     rms_norm(x, &p.final_norm.float(), cfg).named("final_norm")
+}
+
+/// What a block gives: x (B, S, M), its cache, and the logits (B, S, E) of its router, if it has one.
+pub struct Block {
+    /// The residual stream, f32.
+    pub x: Tensor,
+    /// The updated cache.
+    pub cache: LayerCache<Tensor>,
+    /// The router's.
+    pub router_logits: Option<Tensor>,
 }
 
 /// The block as a function of the module, traced once for each kind of layer and called L times: small text, and the
@@ -86,8 +109,9 @@ fn call_block(
     at: &LayerInput<'_>,
     layer: &LayerConfig,
     cfg: &ModelConfig,
-) -> (Tensor, LayerCache<Tensor>) {
+) -> Block {
     let LayerInput { rope, place, cache, layout } = *at;
+    let training = x.graph().training();
     let mut inputs = vec![x, &place.positions, &place.first];
     inputs.extend(place.valid.iter().chain(&place.table));
     inputs.extend(rope.iter().flat_map(|rope| [&rope.cos, &rope.sin]));
@@ -108,16 +132,22 @@ fn call_block(
         let cache = LayerCache { arrays: cache.arrays.iter().map(|_| next()).collect() };
         let p = p.as_ref().map(&mut |weight| weight.with(&mut next));
         let at = LayerInput { rope: rope.as_ref(), place: &place, cache: &cache, layout };
-        let (x, cache) = decoder_block(&p, &x, &at, cfg);
-        std::iter::once(x).chain(cache.arrays).collect()
+        let block = decoder_block(&p, &x, &at, cfg);
+        let router_logits = block.router_logits.filter(|_| training);
+        std::iter::once(block.x).chain(block.cache.arrays).chain(router_logits).collect()
     });
-    let (x, arrays) = outputs.split_first().expect("the block returns x and its cache");
-    (x.clone(), LayerCache { arrays: arrays.to_vec() })
+    let (x, outputs) = outputs.split_first().expect("the block returns x and its cache");
+    let (arrays, router_logits) = outputs.split_at(cache.arrays.len());
+    let cache = LayerCache { arrays: arrays.to_vec() };
+    Block { x: x.clone(), cache, router_logits: router_logits.first().cloned() }
 }
 
 /// What tells one kind of layer from another: `decoder_block`, `decoder_block_window512_nope`, ….
 fn block_name(layer: &LayerConfig, layout: Layout) -> String {
-    let window = if let Layout::Ring { window } = layout { format!("_window{window}") } else { String::new() };
+    let window = match layout {
+        Layout::Ring { window } | Layout::Own { window: Some(window), .. } => format!("_window{window}"),
+        _ => String::new(),
+    };
     let rope = match layer.rope {
         Some(0) => String::new(),
         Some(i) => format!("_rope{i}"),
@@ -129,12 +159,7 @@ fn block_name(layer: &LayerConfig, layout: Layout) -> String {
 /// One block: attention, then the feed-forward, each added to the residual stream (B, S, M), f32. Norms stand before
 /// them, after them, or both, as the tree has it.
 #[track_caller]
-pub fn decoder_block(
-    p: &DecoderBlock<Weight>,
-    x: &Tensor,
-    at: &LayerInput<'_>,
-    cfg: &ModelConfig,
-) -> (Tensor, LayerCache<Tensor>) {
+pub fn decoder_block(p: &DecoderBlock<Weight>, x: &Tensor, at: &LayerInput<'_>, cfg: &ModelConfig) -> Block {
     let g = x.graph();
     let norm = |x: Tensor, weight: &Option<Weight>, name: &str| match weight {
         Some(weight) => rms_norm(&x, &weight.float(), cfg).named(name),
@@ -154,15 +179,19 @@ pub fn decoder_block(
     let x = (x + norm(h, &p.attn_out_norm, "attn_out_norm")).shard(RESIDUAL);
 
     let h = norm(x.clone(), &p.post_attn_norm, "post_attn_norm");
-    let h = {
+    let (h, router_logits) = {
         let _scope = g.scope("mlp");
-        match &p.feed_forward {
-            FeedForward::Dense(p) => mlp(p, &h, cfg),
-            FeedForward::Experts(p) => moe(p, &h, cfg),
-        }
-        .named("out")
+        let (h, router_logits) = match &p.feed_forward {
+            FeedForward::Dense(p) => (mlp(p, &h, cfg), None),
+            FeedForward::Experts(p) => {
+                let (h, router_logits) = moe(p, &h, cfg);
+                (h, Some(router_logits))
+            }
+        };
+        (h.named("out"), router_logits)
     };
-    ((&x + norm(h, &p.mlp_out_norm, "mlp_out_norm")).shard(RESIDUAL), cache)
+    let x = (&x + norm(h, &p.mlp_out_norm, "mlp_out_norm")).shard(RESIDUAL);
+    Block { x, cache, router_logits }
 }
 
 /// Hidden states (B, S, M) times a head (M, V), or (V, M) where it is the embedding: (B, S, V) f32.

@@ -18,7 +18,7 @@ mod scores;
 
 pub use attention::{ATTENTION_STEP, LayerInput, attention};
 pub use linear::LINEAR;
-pub use llama::{TAKE_ROWS, decoder_block, final_norm, forward, lm_head};
+pub use llama::{Block, Decoded, TAKE_ROWS, decoder_block, final_norm, forward, lm_head};
 pub use mlp::{GATED, mlp};
 pub use moe::{EXPERTS, moe};
 pub use rms_norm::{RMS_NORM, rms_norm};

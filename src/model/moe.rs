@@ -23,10 +23,10 @@ pub(super) use top_k::top_k;
 pub const EXPERTS: &str = "xllama.experts";
 
 /// Σ over a token's k experts of weight · expert(x), and what the shared expert gives. `x`: (B, S, M) → (B, S, M), f32. Every
-/// token gets all of its experts; the work grows with k, not with E. The router's logits (B, S, E) are the tap
+/// token gets all of its experts; the work grows with k, not with E. Also given back are the router's logits (B, S, E), the tap
 /// `router_logits`.
 #[track_caller]
-pub fn moe(p: &Moe<Weight>, x: &Tensor, cfg: &ModelConfig) -> Tensor {
+pub fn moe(p: &Moe<Weight>, x: &Tensor, cfg: &ModelConfig) -> (Tensor, Tensor) {
     let moe = cfg.moe.as_ref().expect("a configuration with experts says how they are chosen");
     // Where the scores are sigmoids, transformers multiplies in f32 whatever the type of the weights.
     let router = match moe.router {
@@ -35,12 +35,12 @@ pub fn moe(p: &Moe<Weight>, x: &Tensor, cfg: &ModelConfig) -> Tensor {
     };
     let logits = linear("BSM,ME->BSE", x, &router, None).named("router_logits");
     let y = routed(p, x, &logits, cfg.hidden_act, moe);
-    let Some(shared) = &p.shared else { return y };
+    let Some(shared) = &p.shared else { return (y, logits) };
     let mut common = mlp(shared, x, cfg);
     if let Some(gate) = &p.shared_gate {
         common = common * linear("BSM,M->BS", x, gate, None).sigmoid().expand_dims(2).broadcast_to(x.shape());
     }
-    y + common
+    (y + common, logits)
 }
 
 /// Σ over a token's experts of weight · expert(x): `x` (B, S, M) and `logits` (B, S, E) → (B, S, M).
@@ -268,43 +268,61 @@ fn sorted(weights: &Experts<'_>, x: &Tensor, ids: &Tensor, all: usize) -> Tensor
         let y = feed_forward(&x.take(&token.take(&at, 0), 0), gate, up, down, act);
         blocks.push(y.reshape(&[experts * c, m]));
     }
-    blocks.push(g.full(0.0, F32, &[most * c, m]));
-    let mut y = g.concatenate(&blocks.iter().collect::<Vec<_>>(), 0);
     // With C = N rows, no expert has more.
-    if first == 0 || c < n {
-        let number = g.iota(I32, &[most], 0);
-        let passed = ends.broadcast(&[most, experts], &[1]).le(&number.broadcast(&[most, experts], &[0]));
-        let expert = passed.cast(I32).sum(&[1]);
-        let at = starts.take(&expert, 0) + (number - before.take(&expert, 0) + first as i64) * c as i64;
-        let total = ends.narrow(0, experts - 1, 1).reshape(&[]);
+    let loops = first == 0 || c < n;
+    let number = g.iota(I32, &[most], 0);
+    let passed = ends.broadcast(&[most, experts], &[1]).le(&number.broadcast(&[most, experts], &[0]));
+    let expert = passed.cast(I32).sum(&[1]);
+    let at = starts.take(&expert, 0) + (&number - before.take(&expert, 0) + first as i64) * c as i64;
+    let total = ends.narrow(0, experts - 1, 1).reshape(&[]);
+    let mut read = vec![&expert, &at, &token, x];
+    read.extend([gate, up, down].into_iter().flat_map(Weight::tensors));
+    // One block, from its number and what is read.
+    let one = |block: &Tensor, read: &[Tensor]| {
+        let [expert, at, token, x, weights @ ..] = read else { return block.clone() };
+        let zero = block.graph().scalar(0, I32);
+        let this = |table: &Tensor| table.dynamic_slice(&[block], &[1]).reshape(&[]);
+        let expert = this(expert);
+        let mut weights = weights.iter().map(|all| {
+            let mut start = vec![&zero; all.rank()];
+            start[0] = &expert;
+            all.dynamic_slice(&start, &[&[1], &all.shape()[1..]].concat())
+        });
+        let mut next = || weights.next().expect("a loop gets what it was given");
+        let [gate, up, down] = [gate, up, down].map(|weight| weight.with(&mut next));
+        let rows = x.take(&token.dynamic_slice(&[&this(at)], &[c]), 0).expand_dims(0);
+        feed_forward(&rows, &gate, &up, &down, act).reshape(&[c, m])
+    };
+    let joined = |rest: Tensor| g.concatenate(&blocks.iter().chain([&rest]).collect::<Vec<_>>(), 0);
+    let y = if !loops {
+        joined(g.full(0.0, F32, &[most * c, m]))
+    } else if g.training() {
+        // As long as there could be blocks, passing over those that there are not: what ends earlier has no derivative.
+        let read: Vec<&Tensor> = std::iter::once(&total).chain(read).collect();
+        let (_, rows) = g.scan("expert_blocks", most, &read, &[], &[&number], |read, _, number| {
+            let inputs: Vec<&Tensor> = number.iter().chain(&read[1..]).collect();
+            let none = |_: &[Tensor]| vec![g.full(0.0, F32, &[c, m])];
+            (vec![], g.cond(&number[0].lt(&read[0]), &inputs, |v| vec![one(&v[0], &v[1..])], none))
+        });
+        joined(rows[0].reshape(&[most * c, m]))
+    } else {
+        let y = joined(g.full(0.0, F32, &[most * c, m]));
         let block = g.scalar(0, I32);
-        let mut state = vec![&block, &y, &total, &expert, &at, &token, x];
-        state.extend([gate, up, down].into_iter().flat_map(Weight::tensors));
+        let state: Vec<&Tensor> = [&block, &y, &total].into_iter().chain(read).collect();
         let done = g.while_loop(
             &state,
             |v| v[0].lt(&v[2]),
             |v| {
-                let [block, y, _, expert, at, token, x, weights @ ..] = v else { return v.to_vec() };
-                let zero = block.graph().scalar(0, I32);
-                let this = |table: &Tensor| table.dynamic_slice(&[block], &[1]).reshape(&[]);
-                let expert = this(expert);
-                let mut weights = weights.iter().map(|all| {
-                    let mut start = vec![&zero; all.rank()];
-                    start[0] = &expert;
-                    all.dynamic_slice(&start, &[&[1], &all.shape()[1..]].concat())
-                });
-                let mut next = || weights.next().expect("a loop gets what it was given");
-                let [gate, up, down] = [gate, up, down].map(|weight| weight.with(&mut next));
-                let rows = x.take(&token.dynamic_slice(&[&this(at)], &[c]), 0).expand_dims(0);
-                let rows = feed_forward(&rows, &gate, &up, &down, act).reshape(&[c, m]);
-                let to = (block + (first * experts) as i64) * c as i64;
+                let zero = v[0].graph().scalar(0, I32);
+                let to = (&v[0] + (first * experts) as i64) * c as i64;
+                let rows = one(&v[0], &v[3..]);
                 let mut next = v.to_vec();
-                (next[0], next[1]) = (block + 1, y.dynamic_update_slice(&rows, &[&to, &zero]));
+                (next[0], next[1]) = (&v[0] + 1, v[1].dynamic_update_slice(&rows, &[&to, &zero]));
                 next
             },
         );
-        y = done.into_iter().nth(1).unwrap_or(y);
-    }
+        done.into_iter().nth(1).unwrap_or(y)
+    };
     let (_, place) = order.argsort(0, false);
     y.take(&row.take(&place, 0), 0).reshape(&[n, k, m])
 }

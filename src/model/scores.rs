@@ -60,9 +60,11 @@ fn form(q: &Queries<'_>, past: &Past) -> Form {
     let bytes = |rows: usize| 4 * b * g * r * rows * past.k.dim(2);
     let in_order = q.first_row.is_none() && matches!(past.order, Order::Prefix | Order::Trailing { .. });
     let block = block(q.q.graph().platform());
-    if in_order && s > block && s.is_multiple_of(block) && s / block <= MAX_BLOCKS && bytes(block) <= OFFLINE_BYTES {
+    // The running softmax is a loop without a derivative.
+    let fits = |rows: usize| bytes(rows) <= OFFLINE_BYTES || q.q.graph().training();
+    if in_order && s > block && s.is_multiple_of(block) && s / block <= MAX_BLOCKS && fits(block) {
         Form::Blocks
-    } else if bytes(s) <= OFFLINE_BYTES {
+    } else if fits(s) {
         Form::Whole
     } else {
         Form::Online
@@ -142,6 +144,7 @@ impl Queries<'_> {
         if let Some((own, _)) = &own {
             highest = highest.maximum(own);
         }
+        let highest = highest.stop_gradient();
         let weights = (&scores - highest.broadcast_to(scores.shape())).exp();
         let width = self.q.dim(4);
         let summed = (past.v.dim(3) > width).then(|| values(&weights, past));

@@ -193,7 +193,7 @@ impl Blueprint {
     }
 
     /// An empty graph of a program over `tokens` tokens of each slot of `cache`.
-    fn graph(&self, name: &str, cache: &CacheShape, tokens: usize) -> Graph {
+    pub(crate) fn graph(&self, name: &str, cache: &CacheShape, tokens: usize) -> Graph {
         let g = Graph::new(name);
         g.set_platform(self.platform);
         g.set_kernels(self.kernels);
@@ -298,11 +298,11 @@ impl Step<'_> {
     /// Hidden states (B, S, M) before the last norm; the updated cache is given back.
     fn forward(&self, g: &Graph) -> Tensor {
         let Step { spec, p, tokens, place, frequencies, cache, cfg } = self;
-        let (hidden, new) = model::forward(p, tokens, place, frequencies, cache, &spec.cache, cfg);
-        for (old, new) in cache.iter().zip(new.iter()) {
+        let decoded = model::forward(p, tokens, place, frequencies, cache, &spec.cache, cfg);
+        for (old, new) in cache.iter().zip(decoded.cache.iter()) {
             g.output_aliased(&old.name().unwrap_or_default(), new, old);
         }
-        hidden
+        decoded.hidden
     }
 
     /// The states of the last token that counts, (B, 1, M).

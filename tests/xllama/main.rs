@@ -20,3 +20,4 @@ mod packed;
 mod perplexity;
 mod search;
 mod support;
+mod training;

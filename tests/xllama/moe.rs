@@ -125,7 +125,7 @@ impl Weights {
                 shared: moe_cfg.shared.map(|_| mlp(&a[6..])),
                 shared_gate: moe_cfg.shared.filter(|shared| shared.gated).map(|_| a[9].clone()),
             };
-            moe(&p.map(&mut Weight::Float), &a[0], cfg)
+            moe(&p.map(&mut Weight::Float), &a[0], cfg).0
         })
     }
 
@@ -284,7 +284,7 @@ fn taken(client: &Client, logits: &Array, k: usize) -> Vec<Vec<usize>> {
         let [router, gate_proj, down_proj] = [1, 2, 3].map(|i: usize| a[i].clone());
         let up_proj = gate_proj.clone();
         let p = Moe { router, correction_bias: None, gate_proj, up_proj, down_proj, shared: None, shared_gate: None };
-        moe(&p.map(&mut Weight::Float), &a[0], &cfg)
+        moe(&p.map(&mut Weight::Float), &a[0], &cfg).0
     });
     y.chunks(m).map(|y| (0..e).filter(|&i| y[i] > 0.0).collect()).collect()
 }

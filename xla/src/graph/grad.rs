@@ -13,12 +13,13 @@ use std::rc::Rc;
 use super::aval::Aval;
 use super::graph::Graph;
 use super::module::{Body, Function, Node, Value, ValueId};
-use super::ops::constant::{Constant, Iota};
+use super::ops::constant::{Constant, Iota, Scalar};
 use super::ops::convert::Convert;
 use super::ops::dot::DotGeneral;
 use super::ops::shape::{BroadcastInDim, Reshape};
 use super::ops::{Gradient, Op};
 use super::tensor::Tensor;
+use crate::DType;
 
 /// Which values of a function's forward half its backward half keeps; the others it computes once more.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
@@ -133,7 +134,7 @@ impl<'a> Values<'a> {
         if self.open {
             // The ids are those of the open body; this copy only counts the results.
             let Some(last) = ids.iter().map(|id| id.index()).max() else { return ids };
-            let blank = Value { aval: Rc::new(Aval::new(crate::DType::Pred, &[])), name: None };
+            let blank = Value { aval: Rc::new(Aval::new(DType::Pred, &[])), name: None };
             self.body.values.resize_with(self.body.values.len().max(last + 1), || blank.clone());
             for (&id, aval) in ids.iter().zip(extra) {
                 self.body.values[id.index()].aval = Rc::new(aval.clone());
@@ -240,8 +241,9 @@ impl Vjp<'_, '_> {
 }
 
 /// Zeros of that type and shape.
-fn zeros(graph: &Graph, aval: &Aval) -> Tensor {
-    graph.full(0i64, aval.dtype, &aval.shape)
+pub(crate) fn zeros(graph: &Graph, aval: &Aval) -> Tensor {
+    let zero = if aval.dtype == DType::Pred { Scalar::Bool(false) } else { Scalar::Int(0) };
+    graph.full(zero, aval.dtype, &aval.shape)
 }
 
 /// The cotangents of `wrt`, given those of some values; what they are computed from is added to the open body. `None` where

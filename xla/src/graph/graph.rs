@@ -41,6 +41,7 @@ struct State {
     no_manual: bool,
     kernels: Vec<&'static str>,
     manual: bool,
+    training: Option<Save>,
     scopes: Vec<String>,
     taps: Vec<(String, u32, ValueId)>,
     error: Option<GraphError>,
@@ -120,6 +121,7 @@ impl Graph {
             no_manual: false,
             kernels: Vec::new(),
             manual: false,
+            training: None,
             scopes: Vec::new(),
             taps: Vec::new(),
             error: None,
@@ -145,6 +147,17 @@ impl Graph {
     /// What the graph is to run on.
     pub fn platform(&self) -> Platform {
         self.0.borrow().platform
+    }
+
+    /// Says that what is built will be differentiated, and what functions called from now on keep for that. Code that builds asks
+    /// [`Graph::training`] where the fastest form has no derivative.
+    pub fn set_training(&self, save: Save) {
+        self.0.borrow_mut().training = Some(save);
+    }
+
+    /// Whether what is built will be differentiated.
+    pub fn training(&self) -> bool {
+        self.0.borrow().training.is_some()
     }
 
     /// Number of devices along a mesh axis; 1 where there is no mesh or no such axis.
@@ -360,7 +373,8 @@ impl Graph {
         if self.0.borrow().inline_calls {
             return build(&args.iter().map(|&arg| arg.clone()).collect::<Vec<_>>());
         }
-        self.call_function(location, name, Save::Everything, args, build)
+        let save = self.0.borrow().training.clone().unwrap_or_default();
+        self.call_function(location, name, save, args, build)
     }
 
     /// [`Graph::call`] that is not put in line, with what its derivative keeps.

@@ -8,7 +8,7 @@ use super::{Op, OpInfo, op_info};
 use crate::DType;
 use crate::graph::aval::Aval;
 use crate::graph::emit::Cx;
-use crate::graph::grad::{Cotangents, Kept, Save, Vjp};
+use crate::graph::grad::{Cotangents, Kept, Save, Vjp, zeros};
 use crate::graph::graph::Graph;
 use crate::graph::module::{Body, Function};
 use crate::graph::tensor::Tensor;
@@ -122,8 +122,7 @@ impl Op for Scan {
         let constants_kept: Vec<Tensor> = whole.iter().map(|&i| cx.input(i)).collect();
         let mut init: Vec<Tensor> = carries.iter().map(|&i| cx.cotangent(i)).collect();
         for &i in &sums {
-            let aval = cx.input_aval(i);
-            init.push(graph.full(0i64, aval.dtype, &aval.shape));
+            init.push(zeros(&graph, &cx.input_aval(i)));
         }
         let mut xs: Vec<Tensor> = stacks.iter().map(|&i| cx.cotangent(i)).collect();
         for from in &read {
@@ -292,7 +291,7 @@ impl Graph {
                 .iter()
                 .map(|&id| {
                     let piece = turn.aval(id);
-                    self.full(0i64, piece.dtype, &[&[length][..], &piece.shape].concat())
+                    zeros(self, &Aval::new(piece.dtype, &[&[length][..], &piece.shape].concat()))
                 })
                 .collect();
             if length == 0 {
@@ -309,11 +308,14 @@ impl Graph {
                     let at = if reverse { (length as i64 - 1) - count } else { count.clone() };
                     let zero = self.scalar(0i64, DType::I32);
                     let corner = |rank: usize| {
-                        std::iter::once(&at).chain(std::iter::repeat_n(&zero, rank - 1)).collect::<Vec<_>>()
+                        std::iter::once(&at)
+                            .chain(std::iter::repeat_n(&zero, rank.saturating_sub(1)))
+                            .collect::<Vec<_>>()
                     };
                     let piece = |x: &Tensor| {
-                        let sizes = [&[1], &x.shape()[1..]].concat();
-                        x.dynamic_slice(&corner(x.rank()), &sizes).reshape(&x.shape()[1..])
+                        // After an error shapes may be anything.
+                        let shape = x.shape().get(1..).unwrap_or_default();
+                        x.dynamic_slice(&corner(x.rank()), &[&[1], shape].concat()).reshape(shape)
                     };
                     let (fixed, xs) = operands.split_at(constants + carried);
                     let turn_args: Vec<Tensor> = fixed.iter().cloned().chain(xs.iter().map(piece)).collect();
