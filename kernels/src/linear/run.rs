@@ -196,9 +196,10 @@ fn tile<'a, S: Simd>(
     let size = if direct { 0 } else { tile_rows * tile_columns };
     let mut scratch = Scratch::<f32>::new(size * job.weights.len());
     let mut packed = Scratch::<f32>::new(panel::SCRATCH);
-    // SAFETY: out has been checked, and the tiles are there.
-    let (out, tiles) =
-        unsafe { (job.out.get().add(row * n + column), [0, size].map(|at| scratch.as_mut_ptr().add(at))) };
+    // Once: a second mutable borrow of the tiles would end what the first one's pointer may do.
+    let start = scratch.as_mut_ptr();
+    // SAFETY: row and column are within out, whose length has been checked, and `size` is at most the tiles' length.
+    let (out, tiles) = unsafe { (job.out.get().add(row * n + column), [0, size].map(|at| start.add(at))) };
     let stride = if direct { n } else { tile_columns };
     for (weight, to) in job.weights.iter().zip(if direct { [out; 2] } else { tiles }) {
         let k = weight.k;
