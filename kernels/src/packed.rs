@@ -298,7 +298,8 @@ mod tests {
     #[test]
     fn what_is_packed_is_unpacked() {
         for (bits, mins) in FORMATS {
-            for (group, k, n) in [(32, 1, 1), (32, 70, 17), (16, 40, 33), (32, 64, 16)] {
+            let shapes = [(32, 1, 1), (16, 20, 17), (32, 70, 17), (16, 40, 33), (32, 64, 16)];
+            for &(group, k, n) in &shapes[..if cfg!(miri) { 2 } else { shapes.len() }] {
                 let format = Format { bits, group, mins };
                 let (low, high) = format.codes();
                 let span = i32::from(high) - i32::from(low) + 1;

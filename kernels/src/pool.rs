@@ -1,6 +1,11 @@
 //! Threads that share the chunks of a kernel's work.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+
+/// So much work, but less under Miri, which is too slow for as much as several threads would share.
+pub(crate) const fn worth(work: usize) -> usize {
+    if cfg!(miri) { work >> 7 } else { work }
+}
 
 /// Threads that run chunks of work.
 pub trait Pool: Sync {

@@ -111,18 +111,21 @@ mod tests {
         }
     }
 
+    /// About a chunk of logits.
+    const LONG: usize = if cfg!(miri) { 200 } else { 8_000 };
+
     proptest! {
-        #![proptest_config(ProptestConfig { failure_persistence: None, ..Default::default() })]
+        #![proptest_config(ProptestConfig { cases: if cfg!(miri) { 2 } else { 256 }, failure_persistence: None, ..Default::default() })]
 
         #[test]
         fn the_first_of_the_largest(
             rows in 1usize..5,
-            width in prop_oneof![1usize..100, 8_000usize..20_000],
+            width in prop_oneof![1usize..100, LONG..5 * LONG / 2],
             values in prop::collection::vec(prop_oneof![
                 -3i8..3,
                 Just(i8::MIN),
                 Just(i8::MAX),
-            ], 30_000),
+            ], 4 * LONG),
         ) {
             let value = |&x: &i8| match x {
                 i8::MIN => f32::NAN,
@@ -135,7 +138,7 @@ mod tests {
         }
 
         #[test]
-        fn one_larger_than_the_rest(width in 1usize..60_000, at in any::<prop::sample::Index>()) {
+        fn one_larger_than_the_rest(width in 1..8 * LONG, at in any::<prop::sample::Index>()) {
             let mut x = vec![-1.5; width];
             x[at.index(width)] = -1.25;
             check(&x, 1);

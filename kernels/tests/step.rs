@@ -28,12 +28,17 @@ fn written(place: &Place, slot: usize, t: usize, sizes: Sizes) -> Option<usize> 
     })
 }
 
+/// Queries of a slot, elements of a head and steps are below these.
+const QUERIES: usize = if cfg!(miri) { 6 } else { 40 };
+const WIDTH: usize = if cfg!(miri) { 12 } else { 70 };
+const STEPS: usize = if cfg!(miri) { 3 } else { 6 };
+
 proptest! {
-    #![proptest_config(ProptestConfig { failure_persistence: None, ..Default::default() })]
+    #![proptest_config(ProptestConfig { cases: if cfg!(miri) { 2 } else { 256 }, failure_persistence: None, ..Default::default() })]
 
     #[test]
     fn tokens_go_to_their_places(
-        batch in 1usize..4, queries in 1usize..40, groups in 1usize..4, width in 1usize..70, keys in 1usize..50,
+        batch in 1usize..4, queries in 1..QUERIES, groups in 1usize..4, width in 1..WIDTH, keys in 1usize..50,
         first in prop::collection::vec(-3i32..60, 3), valid in prop::option::of(prop::collection::vec(0i32..40, 3)), ring in any::<bool>(),
     ) {
         let sizes = Sizes { batch, queries, groups, heads: 1, width, keys };
@@ -80,8 +85,8 @@ proptest! {
     /// lengths.
     #[test]
     fn a_ring_is_a_window(
-        batch in 1usize..3, groups in 1usize..3, heads in 1usize..4, half in 1usize..20, window in 1usize..20,
-        lengths in prop::collection::vec(1usize..12, 1..6),
+        batch in 1usize..3, groups in 1usize..3, heads in 1usize..4, half in 1..WIDTH / 3, window in 1usize..20,
+        lengths in prop::collection::vec(1usize..12, 1..STEPS),
     ) {
         let width = 2 * half;
         let total: usize = lengths.iter().sum();

@@ -10,6 +10,7 @@ use super::parts::{LINE, Parts, cut};
 use super::softmax::{softcap, weight};
 use super::visible::{HIDDEN, LOWEST};
 use super::{Call, Sizes};
+use crate::pool::worth;
 use crate::scratch::Scratch;
 use crate::simd::{Simd, prefetch};
 
@@ -23,7 +24,7 @@ const BLOCK_MOST: usize = 512;
 /// Terms of one accumulator; sums of these are added up.
 const TERMS: usize = 128;
 /// Elements from which the blocks' sums are worth sharing among threads.
-const MERGE_SHARED: usize = 1 << 15;
+const MERGE_SHARED: usize = worth(1 << 15);
 /// Bytes that are asked for ahead of those that are read: what a core reads while a line comes from memory.
 const AHEAD: usize = 4096;
 /// Keys whose products are summed together.

@@ -73,7 +73,8 @@ mod tests {
                 let error = (f64::from(capped[0]) - expected).abs();
                 assert!(error <= 4e-7 * expected.abs(), "softcap {isa:?} {x}: {capped:?}, not {expected}");
             };
-            (-4000..4000).for_each(|i| check(i as f32 * 0.0253));
+            let step = if cfg!(miri) { 397 } else { 1 };
+            (-4000..4000).step_by(step).for_each(|i| check(i as f32 * 0.0253));
             [1.875, -1.875, 1.875f32.next_up(), 1e-8, 3e38, -3e38].into_iter().for_each(check);
         }
     }

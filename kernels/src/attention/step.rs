@@ -5,13 +5,14 @@ use half::{bf16, f16};
 use super::element::Element;
 use super::parts::Parts;
 use super::{Attend, Kv, Sizes, attend};
+use crate::pool::worth;
 use crate::rope::{Angles, rotate};
 use crate::scratch::Scratch;
 use crate::simd::Simd;
 use crate::{Isa, Pool};
 
 /// Elements of a chunk of work: fewer are not worth another thread.
-const CHUNK: usize = 1 << 13;
+const CHUNK: usize = worth(1 << 13);
 
 /// Keys or values of a cache, (B, G, T, K), to write.
 #[derive(Debug)]

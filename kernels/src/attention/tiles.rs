@@ -13,6 +13,7 @@ use super::parts::{LINE, Parts, cut};
 use super::softmax::{softcap, weight};
 use super::visible::LOWEST;
 use super::{Call, Sizes};
+use crate::pool::worth;
 use crate::scratch::Scratch;
 use crate::simd::Simd;
 
@@ -25,7 +26,7 @@ const TILES: usize = 4;
 /// Keys that are multiplied at a time: they, the queries and the scores fit into the first cache.
 const PART: usize = 64;
 /// Scores that a tile holds.
-const SCORES: usize = ROWS << 13;
+const SCORES: usize = worth(ROWS << 13);
 /// Vectors of rows whose products with keys are summed together.
 const VECTORS: usize = 3;
 /// Rows whose products with values are summed together.

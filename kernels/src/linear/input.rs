@@ -4,12 +4,13 @@ use half::{bf16, f16};
 
 use super::codes::Rows;
 use super::{FEW, Linear, Values, Weight};
+use crate::pool::worth;
 use crate::scratch::{Scratch, Shared};
 use crate::simd::Simd;
 use crate::{Isa, Pool};
 
 /// Elements of x below which another thread is not worth its start.
-const ALONE: usize = 1 << 15;
+const ALONE: usize = worth(1 << 15);
 
 /// A row block that is prepared at a time: a multiple of every group of rows.
 pub(super) const BLOCK_ROWS: usize = 24;

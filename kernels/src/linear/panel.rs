@@ -123,6 +123,9 @@ unsafe fn pack_transposed<S: Simd, T: Element>(
 }
 
 /// x (rows, `terms` of K) · panel, into the first `width` columns of `out`; added to what is there if `add`.
+///
+/// # Safety
+/// `x` and `out` must be valid for `rows` rows, `panel` for as many rows as there are terms.
 unsafe fn product<S: Simd, const V: usize>(
     simd: S,
     x: *const f32,

@@ -6,6 +6,7 @@ use super::input::{BLOCK_ROWS, Input, Kind};
 use super::stream::Cut;
 use super::{FEW, Job, Linear, Order, Weight, codes, dots, panel, stream};
 use crate::packed::BLOCK;
+use crate::pool::worth;
 use crate::scratch::{Scratch, Shared};
 use crate::simd::Simd;
 use crate::{Isa, Pool};
@@ -17,7 +18,7 @@ const TILE_ROWS: usize = 120;
 const TILE_COLUMNS: usize = 64;
 
 /// Sums that one thread adds rather than wake others for them.
-const ALONE: usize = 1 << 17;
+const ALONE: usize = worth(1 << 17);
 
 /// How a job is done.
 enum Plan {

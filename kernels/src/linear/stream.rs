@@ -7,6 +7,7 @@ use std::ops::Range;
 
 use super::TERMS;
 use super::element::Element;
+use crate::pool::worth;
 use crate::simd::{Simd, prefetch};
 
 /// Weight rows that are read side by side; the next ones are fetched meanwhile.
@@ -32,7 +33,7 @@ impl Cut {
         let pieces = n.div_ceil(columns).max(1);
         // Spans of some 64 KB: enough of them for all threads, each worth its start.
         let most = 12.max(k / TERMS).div_ceil(if rows == 1 { 1 } else { pieces });
-        let spans = (k * n * size / (64 << 10) / pieces).clamp(1, most);
+        let spans = (k * n * size / worth(64 << 10) / pieces).clamp(1, most);
         Cut { terms: k.div_ceil(spans).next_multiple_of(SIDE_BY_SIDE), columns, k, n }
     }
 

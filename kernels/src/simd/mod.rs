@@ -277,7 +277,8 @@ mod tests {
 
     #[test]
     fn the_exponential_is_right_to_2_ulp() {
-        let x: Vec<f32> = (0..20_000).map(|i| -87.3 + i as f32 * 0.0088).collect();
+        let step = if cfg!(miri) { 199 } else { 1 };
+        let x: Vec<f32> = (0..20_000).step_by(step).map(|i| -87.3 + i as f32 * 0.0088).collect();
         let special = [f32::NEG_INFINITY, -88.0, 0.0, f32::NAN];
         for isa in Isa::ALL.into_iter().filter(|isa| isa.available()) {
             for (x, y) in x.iter().zip(dispatch!(isa, |simd| exps(simd, &x))) {
