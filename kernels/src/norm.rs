@@ -50,7 +50,7 @@ fn rows<E: Element>(isa: Isa, pool: &dyn Pool, x: &[f32], weight: &[E], eps: f32
     };
     match count.div_ceil(each) {
         1 => chunk(0),
-        chunks => pool.run(chunks, &chunk),
+        chunks => pool.share(chunks, &chunk),
     }
 }
 

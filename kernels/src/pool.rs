@@ -16,6 +16,21 @@ pub trait Pool: Sync {
     fn run(&self, chunks: usize, f: &(dyn Fn(usize) + Sync));
 }
 
+impl dyn Pool + '_ {
+    /// [`Pool::run`] for chunks that write through pointers: no chunk runs twice, whatever the pool does.
+    ///
+    /// # Panics
+    /// If the pool runs a chunk twice, or one that is not asked for.
+    pub(crate) fn share(&self, chunks: usize, f: &(dyn Fn(usize) + Sync)) {
+        let taken: Vec<AtomicBool> = (0..chunks).map(|_| AtomicBool::new(false)).collect();
+        self.run(chunks, &|chunk| {
+            let free = taken.get(chunk).is_some_and(|taken| !taken.swap(true, Ordering::Relaxed));
+            assert!(free, "pool: each of {chunks} chunks once required, found {chunk} again");
+            f(chunk);
+        });
+    }
+}
+
 /// The caller's thread alone.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Serial;
@@ -52,5 +67,30 @@ impl Pool for Threads {
             }
             take();
         });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Runs the last chunk again.
+    struct Again;
+
+    impl Pool for Again {
+        fn threads(&self) -> usize {
+            1
+        }
+
+        fn run(&self, chunks: usize, f: &(dyn Fn(usize) + Sync)) {
+            (0..chunks).chain([chunks - 1]).for_each(f);
+        }
+    }
+
+    #[test]
+    #[should_panic(expected = "each of 3 chunks once required, found 2 again")]
+    fn a_chunk_runs_once() {
+        let pool: &dyn Pool = &Again;
+        pool.share(3, &|_| ());
     }
 }

@@ -68,7 +68,7 @@ pub fn rotate(
     };
     match count.div_ceil(each) {
         1 => chunk(0),
-        chunks => pool.run(chunks, &chunk),
+        chunks => pool.share(chunks, &chunk),
     }
 }
 

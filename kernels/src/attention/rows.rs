@@ -117,16 +117,16 @@ pub fn attend<E: Element>(call: &Call, k: Array<'_, E>, v: Array<'_, E>, out: &m
         (0..chunks).for_each(score);
         (0..chunks).for_each(sum);
     } else if blocks == 1 {
-        call.pool.run(chunks, &|chunk| {
+        call.pool.share(chunks, &|chunk| {
             score(chunk);
             sum(chunk);
         });
     } else {
-        call.pool.run(chunks, &score);
-        call.pool.run(chunks, &sum);
+        call.pool.share(chunks, &score);
+        call.pool.share(chunks, &sum);
     }
     if chunks * rows * width >= MERGE_SHARED {
-        call.pool.run(heads_all, &merge);
+        call.pool.share(heads_all, &merge);
     } else {
         (0..heads_all).for_each(merge);
     }

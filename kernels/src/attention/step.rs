@@ -138,7 +138,7 @@ fn store_as<E: Element>(
     };
     match (batch * queries).div_ceil(each) {
         1 => tokens(0),
-        chunks => pool.run(chunks, &tokens),
+        chunks => pool.share(chunks, &tokens),
     }
 }
 

@@ -76,7 +76,7 @@ pub fn attend<E: Element>(call: &Call, k: Array<'_, E>, v: Array<'_, E>, out: &m
     }
     let stride = width.next_multiple_of(LINE);
     let out = Parts::new(out);
-    call.pool.run(tiles(each), &|chunk| {
+    call.pool.share(tiles(each), &|chunk| {
         // A head's tiles follow each other, for they read the same keys and values; the last queries see most of them
         // and come first.
         let count = queries.div_ceil(each);

@@ -54,7 +54,7 @@ impl<'a> Input<'a> {
         let block = if x.len() < ALONE { rows.next_multiple_of(BLOCK_ROWS) } else { BLOCK_ROWS };
         let blocks = |f: &(dyn Fn(std::ops::Range<usize>) + Sync)| match block >= rows {
             true => f(0..rows),
-            false => pool.run(rows.div_ceil(block), &|i| f(i * block..rows.min((i + 1) * block))),
+            false => pool.share(rows.div_ceil(block), &|i| f(i * block..rows.min((i + 1) * block))),
         };
         match kind {
             Kind::F32 => Input::Given(x),

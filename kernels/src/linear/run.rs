@@ -93,7 +93,7 @@ pub(super) fn run(isa: Isa, pool: &dyn Pool, x: &[f32], rows: usize, jobs: &[Job
     let mut scratch = Scratch::new(sums);
     let sums = Shared::new(&mut scratch);
 
-    pool.run(tasks.iter().sum(), &|task| {
+    pool.share(tasks.iter().sum(), &|task| {
         let (mut job, mut task) = (0, task);
         while task >= tasks[job] {
             task -= tasks[job];
@@ -121,7 +121,7 @@ pub(super) fn run(isa: Isa, pool: &dyn Pool, x: &[f32], rows: usize, jobs: &[Job
         let piece = Piece { first, up, rows, width };
         match n <= width {
             true => piece.finish(isa, job, 0),
-            false => pool.run(n.div_ceil(width), &|i| piece.finish(isa, job, i * width)),
+            false => pool.share(n.div_ceil(width), &|i| piece.finish(isa, job, i * width)),
         }
     }
 }
