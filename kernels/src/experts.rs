@@ -1,6 +1,6 @@
 //! Mixtures of experts: each row goes through a few of many feed-forwards.
 
-use crate::scratch::Scratch;
+use crate::scratch::{Scratch, counts};
 use crate::{Activation, Isa, Linear, Pool, gated, linear};
 
 /// The weights of all experts: of each field those of expert 0, 1, … lie one behind the other.
@@ -37,9 +37,14 @@ pub fn experts(
 ) {
     let (m, f) = (all.gate.k, all.gate.n);
     assert!(all.down.k == f && all.down.n == m, "down of {f} × {m} required, found {} × {}", all.down.k, all.down.n);
-    assert!(x.len() == rows * m && out.len() == rows * m, "x and out of {rows} rows × {m} required");
-    assert!(ids.len() == shares.len() && ids.len().is_multiple_of(rows.max(1)), "as many shares as ids required");
-    let k = ids.len() / rows.max(1);
+    assert!(counts(x.len(), &[rows, m]) && out.len() == x.len(), "x and out of {rows} rows × {m} required");
+    let some = ids.len();
+    assert!(shares.len() == some, "as many shares as ids required, found {} and {some}", shares.len());
+    assert!(some.is_multiple_of(rows), "as many ids for each of {rows} rows required, found {some}");
+    if x.is_empty() {
+        return;
+    }
+    let k = some / rows;
 
     // Pairs of a row and an expert, sorted by expert.
     let expert = |pair: usize| usize::try_from(ids[pair]).ok().filter(|&e| e < all.count);
@@ -64,7 +69,7 @@ pub fn experts(
             }
         }
     }
-    for (row, out) in out.chunks_mut(m.max(1)).enumerate() {
+    for (row, out) in out.chunks_mut(m).enumerate() {
         out.fill(0.0);
         for pair in (row * k..(row + 1) * k).filter(|&pair| expert(pair).is_some()) {
             let y = &of_pairs[pair * m..][..m];

@@ -27,7 +27,7 @@ pub fn rms_norm(isa: Isa, pool: &dyn Pool, x: &[f32], weight: Values, eps: f32, 
 fn rows<E: Element>(isa: Isa, pool: &dyn Pool, x: &[f32], weight: &[E], eps: f32, offset: f32, out: &mut [f32]) {
     let width = weight.len();
     assert!(
-        x.len() == out.len() && x.len().is_multiple_of(width.max(1)),
+        x.len() == out.len() && x.len().is_multiple_of(width),
         "rms_norm: x and out must be rows of {width} elements as the weight, found {} and {}",
         x.len(),
         out.len()

@@ -8,6 +8,8 @@
 
 use half::f16;
 
+use crate::scratch::counts;
+
 /// Outputs of a block.
 pub const BLOCK: usize = 16;
 
@@ -183,8 +185,10 @@ impl Packed<'_> {
         self.format().check();
         let (q, scales) = (self.format().q_shape(k, n), self.format().scales_shape(k, n));
         let require = |what: &str, shape: [usize; 3], found: usize| {
-            let length: usize = shape.iter().product();
-            assert!(found == length, "packed weight of {k} × {n}: {what} {shape:?} required, found {found} elements");
+            assert!(
+                counts(found, &shape),
+                "packed weight of {k} × {n}: {what} {shape:?} required, found {found} elements"
+            );
         };
         require("codes", q, self.q.len());
         require("scales", scales, self.scales.len());

@@ -32,9 +32,9 @@ pub fn rotate(
     scale: f32,
     out: &mut [f32],
 ) {
-    let position = heads * width;
+    let position = heads.saturating_mul(width);
     assert!(
-        x.len() == out.len() && x.len().is_multiple_of(position.max(1)),
+        x.len() == out.len() && x.len().is_multiple_of(position),
         "rotate: x and out must be positions of {heads} heads of {width} elements, found {} and {}",
         x.len(),
         out.len()

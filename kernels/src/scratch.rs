@@ -36,7 +36,8 @@ pub(crate) struct Scratch<T: Plain> {
 impl<T: Plain> Scratch<T> {
     pub(crate) fn new(len: usize) -> Scratch<T> {
         let mut lines = FREE.try_with(|free| free.borrow_mut().pop()).ok().flatten().unwrap_or_default();
-        let needed = (len * size_of::<T>()).div_ceil(64);
+        let bytes = len.checked_mul(size_of::<T>()).expect("no more bytes than a usize counts");
+        let needed = bytes.div_ceil(64);
         if lines.len() < needed {
             lines.resize(needed, Line([0; 64]));
         }
@@ -66,6 +67,12 @@ impl<T: Plain> Drop for Scratch<T> {
         // A thread that ends has no free list any more: the buffer is freed then.
         let _ = FREE.try_with(|free| free.borrow_mut().push(lines));
     }
+}
+
+/// Whether `len` is the product of `sizes`, which is refused where a usize cannot count it: a product that wrapped could
+/// be the length of a slice that is too short.
+pub(crate) fn counts(len: usize, sizes: &[usize]) -> bool {
+    sizes.iter().try_fold(1usize, |product, &size| product.checked_mul(size)) == Some(len)
 }
 
 /// A pointer that several threads write through, each to elements of its own.

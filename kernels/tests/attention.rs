@@ -280,6 +280,16 @@ fn many_keys() {
     }
 }
 
+/// In a product that wraps these would be the lengths of what is given.
+#[test]
+#[should_panic(expected = "q must be")]
+fn lengths_that_no_usize_counts_are_refused() {
+    let sizes = Sizes { batch: 1 << (usize::BITS - 1), queries: 2, groups: 1, heads: 1, width: 1, keys: 2 };
+    let (k, v) = (Kv::F32(&[]), Kv::F32(&[]));
+    let problem = Attend { q: &[], k, v, positions: &[], key_positions: None, window: None, softcap: None, sizes };
+    attend(Isa::Portable, &Serial, &problem, &mut []);
+}
+
 /// A query that sees nothing has nothing to average.
 #[test]
 fn nothing_to_see() {

@@ -157,6 +157,9 @@ fn a_ring_holds_the_last_positions() {
     let mut out = [0; 8];
     held([5, 1].into_iter(), 4, &mut out);
     assert_eq!(out, [4, 5, 2, 3, 0, 1, -2, -1]);
+    let mut out = [0; 3];
+    held([i32::MIN].into_iter(), 3, &mut out);
+    assert_eq!(out, [i32::MIN; 3]);
 }
 
 /// What a rotation of nothing and a scale do to queries, and that new keys are seen at once.

@@ -6,6 +6,7 @@
 
 use half::{bf16, f16};
 
+use crate::scratch::counts;
 use crate::{Isa, Pool};
 
 mod element;
@@ -95,18 +96,18 @@ const FEW_ROWS: usize = 8;
 pub fn attend(isa: Isa, pool: &dyn Pool, problem: &Attend, out: &mut [f32]) {
     let Attend { q, k, v, positions, key_positions, window, softcap, sizes } = *problem;
     let Sizes { batch, queries, groups, heads, width, keys } = sizes;
-    let lengths = [
-        ("q", q.len(), batch * queries * groups * heads * width),
-        ("out", out.len(), batch * queries * groups * heads * width),
-        ("positions", positions.len(), batch * queries),
-        ("key positions", key_positions.map_or(batch * keys, <[i32]>::len), batch * keys),
+    let all = [batch, queries, groups, heads, width];
+    let lengths: [(&str, usize, &[usize]); 4] = [
+        ("q", q.len(), &all),
+        ("out", out.len(), &all),
+        ("positions", positions.len(), &[batch, queries]),
+        ("key positions", key_positions.map_or(batch.saturating_mul(keys), <[i32]>::len), &[batch, keys]),
     ];
     for (name, found, expected) in lengths {
-        assert_eq!(found, expected, "attend: {name} must have {expected} elements for {sizes:?}, found {found}");
+        assert!(counts(found, expected), "attend: {name} must be {expected:?} elements for {sizes:?}, found {found}");
     }
-    let (rows, len) = (batch * groups * keys, batch * groups * keys * width);
-    k.check("k", rows, len);
-    v.check("v", rows, len);
+    k.check("attend", "k", &sizes);
+    v.check("attend", "v", &sizes);
     if out.is_empty() {
         return;
     }
@@ -134,21 +135,21 @@ impl Kv<'_> {
         }
     }
 
-    fn check(&self, name: &str, rows: usize, len: usize) {
+    fn check(&self, who: &str, name: &str, sizes: &Sizes) {
+        let Sizes { batch, groups, keys, width, .. } = *sizes;
         let found = match self {
             Kv::F32(x) => x.len(),
             Kv::Bf16(x) => x.len(),
             Kv::F16(x) => x.len(),
             Kv::I8 { q, scales } => {
+                let rows = [batch, groups, keys];
                 let found = scales.len();
-                assert_eq!(
-                    found, rows,
-                    "attend: the scales of {name} must be {rows} elements (B, G, T, 1), found {found}"
-                );
+                assert!(counts(found, &rows), "{who}: scales of {name} must be {rows:?} elements, found {found}");
                 q.len()
             }
         };
-        assert_eq!(found, len, "attend: {name} must be {len} elements (B, G, T, K), found {found}");
+        let all = [batch, groups, keys, width];
+        assert!(counts(found, &all), "{who}: {name} must be {all:?} elements (B, G, T, K), found {found}");
     }
 }
 

@@ -7,7 +7,7 @@ use super::parts::Parts;
 use super::{Attend, Kv, Sizes, attend};
 use crate::pool::worth;
 use crate::rope::{Angles, rotate};
-use crate::scratch::Scratch;
+use crate::scratch::{Scratch, counts};
 use crate::simd::Simd;
 use crate::{Isa, Pool};
 
@@ -75,10 +75,13 @@ impl Place<'_> {
 /// The positions (B, T) that rings of T hold when `last` (B) is the last position written: at place t the largest one
 /// up to it that is t modulo T. Below 0 where nothing was written yet.
 pub fn held(last: impl ExactSizeIterator<Item = i32>, keys: usize, out: &mut [i32]) {
-    assert_eq!(out.len(), last.len() * keys, "held: (B, T) positions asked for, found {} for {keys} keys", out.len());
+    let all = [last.len(), keys];
+    assert!(counts(out.len(), &all), "held: {all:?} positions (B, T) required, found {}", out.len());
     for (last, out) in last.zip(out.chunks_exact_mut(keys.max(1))) {
+        let newest = i64::from(last).rem_euclid(keys as i64) as usize;
         for (t, out) in out.iter_mut().enumerate() {
-            *out = last - (last - t as i32).rem_euclid(keys as i32);
+            let age = if t <= newest { newest - t } else { newest + keys - t };
+            *out = last.saturating_sub(age as i32);
         }
     }
 }
@@ -89,11 +92,13 @@ pub fn held(last: impl ExactSizeIterator<Item = i32>, keys: usize, out: &mut [i3
 /// # Panics
 /// If a slice has not the length that `sizes` asks for, or the machine has not got `isa`.
 pub fn store(isa: Isa, pool: &dyn Pool, new: &[f32], place: &Place, sizes: Sizes, cache: &mut KvMut) {
-    let Sizes { batch, queries, groups, width, keys, .. } = sizes;
-    assert_eq!(new.len(), batch * queries * groups * width, "store: (B, S, G, K) new elements required for {sizes:?}");
+    let Sizes { batch, queries, groups, width, .. } = sizes;
+    let found = new.len();
+    let all = [batch, queries, groups, width];
+    assert!(counts(found, &all), "store: {all:?} (B, S, G, K) new elements required, found {found}");
     assert_eq!(place.first.len(), batch, "store: a first position for each of {batch} slots required");
     assert!(place.valid.is_none_or(|valid| valid.len() == batch), "store: counts for each of {batch} slots required");
-    cache.view().check("the cache", batch * groups * keys, batch * groups * keys * width);
+    cache.view().check("store", "the cache", &sizes);
     match cache {
         KvMut::F32(x) => store_as(isa, pool, new, place, sizes, x, &mut []),
         KvMut::Bf16(x) => store_as(isa, pool, new, place, sizes, x, &mut []),
@@ -209,7 +214,7 @@ pub fn step(isa: Isa, pool: &dyn Pool, step: &Step, k: &mut KvMut, v: &mut KvMut
     store(isa, pool, step.v, &place, sizes, v);
     let mut all = Scratch::new(if place.ring { batch * keys } else { 0 });
     if place.ring {
-        let last = |slot: usize| place.first[slot] + place.count(slot, queries) as i32 - 1;
+        let last = |slot: usize| place.first[slot].saturating_add(place.count(slot, queries) as i32 - 1);
         held((0..batch).map(last), keys, &mut all);
     }
     let key_positions = place.ring.then_some(&*all);

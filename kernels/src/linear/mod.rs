@@ -29,6 +29,7 @@ mod tests;
 use half::{bf16, f16};
 
 use crate::packed::Packed;
+use crate::scratch::counts;
 use crate::{Isa, Pool};
 pub use take_rows::take_rows;
 
@@ -111,11 +112,10 @@ impl Linear<'_> {
     fn check(&self) {
         match &self.weight {
             Weight::Rows { values, .. } => assert!(
-                values.len() == self.k * self.n,
-                "weight of {} × {}: {} elements required, found {}",
+                counts(values.len(), &[self.k, self.n]),
+                "weight of {} × {} elements required, found {}",
                 self.k,
                 self.n,
-                self.k * self.n,
                 values.len()
             ),
             Weight::Packed(packed) => packed.check(self.k, self.n),
@@ -228,6 +228,6 @@ pub fn gated(
 fn check(x: &[f32], rows: usize, weight: &Linear, out: &[f32], name: &str) {
     let (k, n) = (weight.k, weight.n);
     weight.check();
-    assert!(x.len() == rows * k, "x of {rows} rows × {k} required, found {} elements", x.len());
-    assert!(out.len() == rows * n, "{name} of {rows} rows × {n} required, found {} elements", out.len());
+    assert!(counts(x.len(), &[rows, k]), "x of {rows} rows × {k} required, found {} elements", x.len());
+    assert!(counts(out.len(), &[rows, n]), "{name} of {rows} rows × {n} required, found {} elements", out.len());
 }

@@ -2,6 +2,7 @@
 
 use super::element::{Element, elements};
 use super::{Linear, Order, Weight};
+use crate::scratch::counts;
 
 /// Outputs `ids` of an (N, K) weight as f32 (ids.len(), K), packed weights too; an id that is not below N is taken as
 /// the nearest that is, as StableHLO's gather does.
@@ -12,7 +13,7 @@ use super::{Linear, Order, Weight};
 pub fn take_rows(table: &Linear, ids: &[i32], out: &mut [f32]) {
     let (k, n) = (table.k, table.n);
     table.check();
-    assert!(out.len() == ids.len() * k, "{} rows × {k} required, found {} elements", ids.len(), out.len());
+    assert!(counts(out.len(), &[ids.len(), k]), "{} rows × {k} required, found {} elements", ids.len(), out.len());
     assert!(n > 0 || ids.is_empty(), "a weight with outputs required, found none");
     for (&id, out) in ids.iter().zip(out.chunks_mut(k.max(1))) {
         let id = (id.max(0) as usize).min(n - 1);

@@ -414,3 +414,11 @@ fn a_packed_weight_of_another_shape_is_refused() {
     let weight = Linear { weight: Weight::Packed(packed), k: 64, n: 32 };
     linear(Isa::Portable, &Serial, &[0.0; 64], 1, &[weight], None, &mut [&mut [0.0; 32]]);
 }
+
+/// In a product that wraps these would be the lengths of what is given.
+#[test]
+#[should_panic(expected = "rows × 2 required, found 0 elements")]
+fn lengths_that_no_usize_counts_are_refused() {
+    let weight = Linear { weight: Weight::Rows { values: Values::F32(&[0.0; 4]), order: Order::Kn }, k: 2, n: 2 };
+    linear(Isa::Portable, &Serial, &[], 1 << (usize::BITS - 1), &[weight], None, &mut [&mut []]);
+}
