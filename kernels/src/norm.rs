@@ -77,7 +77,7 @@ fn row<S: Simd, E: Element>(simd: S, x: &[f32], weight: &[E], eps: f32, offset: 
     let whole = x.len() / S::LANES * S::LANES;
     let mut at = 0;
     while at < whole {
-        // SAFETY: the weight has LANES elements from here on.
+        // SAFETY: x is as long as the weight, which so has LANES elements from here on.
         let weight = simd.add(offset, unsafe { E::read(simd, weight[at..].as_ptr()) });
         simd.store(&mut out[at..], simd.mul(simd.mul(simd.load(&x[at..]), factor), weight));
         at += S::LANES;

@@ -49,7 +49,8 @@ impl<T: Plain> Deref for Scratch<T> {
     type Target = [T];
 
     fn deref(&self) -> &[T] {
-        // SAFETY: the lines are initialised, aligned and hold `len` elements, of which any bits are values.
+        // SAFETY: the lines are initialised, aligned and hold `len` elements (`new` counts the bytes without wrapping), of
+        // which any bits are values.
         unsafe { std::slice::from_raw_parts(self.lines.as_ptr().cast(), self.len) }
     }
 }
@@ -79,7 +80,7 @@ pub(crate) fn counts(len: usize, sizes: &[usize]) -> bool {
 #[derive(Clone, Copy)]
 pub(crate) struct Shared<T>(*mut T);
 
-// SAFETY: whoever dereferences it vouches that no two threads touch one element.
+// SAFETY: to hand a pointer on is harmless; whoever dereferences it vouches that no two threads touch one element.
 unsafe impl<T: Send> Send for Shared<T> {}
 // SAFETY: as for Send.
 unsafe impl<T: Send> Sync for Shared<T> {}

@@ -69,7 +69,7 @@ pub fn widen<S: Simd, E: Element>(simd: S, from: &[E], width: usize, to: &mut [f
 impl Element for f32 {
     #[inline(always)]
     unsafe fn read<S: Simd>(simd: S, from: *const f32) -> S::F32 {
-        // SAFETY: as the caller vouches.
+        // SAFETY: the caller vouches for LANES elements.
         unsafe { simd.read(from) }
     }
 
@@ -92,7 +92,7 @@ impl Element for f32 {
 impl Element for bf16 {
     #[inline(always)]
     unsafe fn read<S: Simd>(simd: S, from: *const bf16) -> S::F32 {
-        // SAFETY: as the caller vouches.
+        // SAFETY: the caller vouches for LANES elements.
         unsafe { simd.read_bf16(from) }
     }
 
@@ -120,7 +120,7 @@ impl Element for bf16 {
 impl Element for f16 {
     #[inline(always)]
     unsafe fn read<S: Simd>(simd: S, from: *const f16) -> S::F32 {
-        // SAFETY: as the caller vouches.
+        // SAFETY: the caller vouches for LANES elements.
         unsafe { simd.read_f16(from) }
     }
 
@@ -143,7 +143,7 @@ impl Element for f16 {
 impl Element for i8 {
     #[inline(always)]
     unsafe fn read<S: Simd>(simd: S, from: *const i8) -> S::F32 {
-        // SAFETY: as the caller vouches.
+        // SAFETY: the caller vouches for LANES elements.
         unsafe { simd.read_i8(from) }
     }
 

@@ -99,17 +99,18 @@ pub fn attend<E: Element>(call: &Call, k: Array<'_, E>, v: Array<'_, E>, out: &m
     };
     let score = |chunk: usize| {
         let at = at(chunk);
-        // SAFETY: a block's own scores, and its own row of the highest ones.
+        // SAFETY: no chunk runs twice, so that nobody else holds this block's scores and highest scores.
         dispatch_floats!(call.isa, |simd| unsafe { block_scores(simd, call, &plan, &at, q, k, &scores, &highest) });
     };
     let sum = |chunk: usize| {
         let at = at(chunk);
-        // SAFETY: a block's own weights and sums; all scores are written.
+        // SAFETY: no chunk runs twice, so that nobody else holds this block's weights, totals and sums; the highest scores
+        // that are read, of all blocks of the head, are written.
         dispatch_floats!(call.isa, |simd| unsafe {
             block_sums(simd, call, &plan, &at, v, &scores, &highest, &totals, &sums)
         });
     };
-    // SAFETY: the output of the head's own rows; all sums are written.
+    // SAFETY: no head is merged twice, so that nobody else holds its rows of the output; all sums are written.
     let merge = |head: usize| unsafe { merge(call, &plan, head, &totals, &sums, &out) };
 
     let chunks = heads_all * blocks;

@@ -130,7 +130,8 @@ fn store_as<E: Element>(
             for g in 0..groups {
                 let row = (slot * groups + g) * keys + t;
                 let new = &new[(token * groups + g) * width..][..width];
-                // SAFETY: no two tokens have one place.
+                // SAFETY: no token runs twice, and no two have one place: of a slot's positions they are neighbours, in
+                // a ring at most T of them.
                 let (to, scale) = unsafe {
                     (
                         cache.part(row * width, width),

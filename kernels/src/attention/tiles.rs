@@ -102,7 +102,7 @@ pub fn attend<E: Element>(call: &Call, k: Array<'_, E>, v: Array<'_, E>, out: &m
         let mut rest = &mut scratch[..];
         let [q, offsets, scores, highest, before, totals, sums, wide] = lengths.map(|len| cut(&mut rest, len));
         let mut work = Work { q, offsets, scores, highest, before, totals, sums, wide };
-        // SAFETY: a tile's own rows of the output.
+        // SAFETY: no tile runs twice, and no two tiles have a row of the output in common.
         dispatch_floats!(call.isa, |simd| unsafe { tile.attend(simd, call, k, v, keys, held, &mut work, &out) });
     });
 }

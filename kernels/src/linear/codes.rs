@@ -29,7 +29,7 @@ pub(super) unsafe fn columns<S: Simd>(
     out: *mut f32,
     stride: usize,
 ) {
-    // SAFETY: handed on.
+    // SAFETY: what the caller vouches for, handed on; the group is 16 or 32 in a checked weight.
     unsafe {
         match (w.bits, w.group) {
             (Bits::Eight, 32) => blocks::<S, 8, false>(simd, x, rows, k, w, columns, out, stride),
@@ -41,6 +41,9 @@ pub(super) unsafe fn columns<S: Simd>(
 }
 
 /// [`columns`] for groups of 4·J terms, of 4 bits if `FOUR`.
+///
+/// # Safety
+/// As [`columns`].
 unsafe fn blocks<S: Simd, const J: usize, const FOUR: bool>(
     simd: S,
     x: &Codes,
@@ -58,7 +61,9 @@ unsafe fn blocks<S: Simd, const J: usize, const FOUR: bool>(
         let strips = [c, if pair { c + BLOCK } else { c }].map(|c| Strip::new(w, groups, c));
         let mut row = rows.start;
         while row < rows.end {
-            // SAFETY: the strips' outputs and the rows are those the caller vouches for.
+            // SAFETY: `row` starts a group of rows, as x was divided by `group_rows` too; the strips have a vector of
+            // outputs from c on, since the arrays are padded to whole blocks; `to` is within what the caller vouches for,
+            // and its width keeps the tile from writing past the last column.
             unsafe {
                 let x_rows = x.rows(row, groups, 4 * J);
                 let to = Target {
@@ -140,10 +145,10 @@ impl Strip {
 
 impl Floats {
     /// # Safety
-    /// A group `g` must be there.
+    /// The values must have a group `g`, and LANES elements of it from the pointer's lane on.
     #[inline(always)]
     unsafe fn read<S: Simd>(self, simd: S, g: usize) -> S::F32 {
-        // SAFETY: the caller vouches for it.
+        // SAFETY: groups are `BLOCK` values apart; the caller vouches for group `g`.
         unsafe {
             match self {
                 Floats::F16(values) => simd.read_f16(values.add(g * BLOCK)),
@@ -180,7 +185,8 @@ unsafe fn tile<S: Simd, const J: usize, const FOUR: bool, const R: usize, const 
             let bytes = if FOUR { J * BLOCK * 2 } else { J * BLOCK * 4 };
             let low = simd.splat_i32(0x0f0f_0f0f);
             let mut first = 0;
-            // SAFETY: groups below `groups`.
+            // SAFETY: all groups that are read are below `groups`, of which x and w have as many, each with J words of R
+            // rows in x and J (or J / 2) vectors in w; results are read and written within the width of `to` alone.
             unsafe {
                 loop {
                     let end = groups.min(first + TERMS);

@@ -30,7 +30,8 @@ pub(super) unsafe fn columns<S: Simd, T: Element>(
         let next = if c + 2 * OUTPUTS <= columns.end { OUTPUTS * k } else { 0 };
         let mut row = 0;
         while row < rows {
-            // SAFETY: rows and outputs are within what the caller vouches for.
+            // SAFETY: the row is below `rows` and the output below the columns' end, and a tile has no more rows and
+            // outputs than are left.
             unsafe {
                 let (x, w, out) = (x.add(row * k), w.add(c * k), out.add(row * stride + c - columns.start));
                 let next = if row == 0 { next } else { 0 };

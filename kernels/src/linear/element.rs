@@ -17,7 +17,7 @@ pub(super) trait Element: Copy + Default + Into<f32> + Send + Sync + 'static {
     #[inline(always)]
     unsafe fn read_part<S: Simd>(simd: S, from: *const Self, n: usize) -> S::F32 {
         let mut lanes = [Self::default(); 16];
-        // SAFETY: the caller vouches for n elements, and no vector has more than 16 lanes.
+        // SAFETY: the caller vouches for n elements; no vector has more lanes than the array.
         unsafe {
             std::ptr::copy_nonoverlapping(from, lanes.as_mut_ptr(), n.min(S::LANES));
             Self::read(simd, lanes.as_ptr())
@@ -28,13 +28,13 @@ pub(super) trait Element: Copy + Default + Into<f32> + Send + Sync + 'static {
 impl Element for f32 {
     #[inline(always)]
     unsafe fn read<S: Simd>(simd: S, from: *const Self) -> S::F32 {
-        // SAFETY: the caller vouches for it.
+        // SAFETY: the caller vouches for as many elements as are read.
         unsafe { simd.read(from) }
     }
 
     #[inline(always)]
     unsafe fn read_part<S: Simd>(simd: S, from: *const Self, n: usize) -> S::F32 {
-        // SAFETY: the caller vouches for it.
+        // SAFETY: the caller vouches for as many elements as are read.
         unsafe { simd.read_part(from, n.min(S::LANES)) }
     }
 }
@@ -42,7 +42,7 @@ impl Element for f32 {
 impl Element for bf16 {
     #[inline(always)]
     unsafe fn read<S: Simd>(simd: S, from: *const Self) -> S::F32 {
-        // SAFETY: the caller vouches for it.
+        // SAFETY: the caller vouches for as many elements as are read.
         unsafe { simd.read_bf16(from) }
     }
 }
@@ -50,7 +50,7 @@ impl Element for bf16 {
 impl Element for f16 {
     #[inline(always)]
     unsafe fn read<S: Simd>(simd: S, from: *const Self) -> S::F32 {
-        // SAFETY: the caller vouches for it.
+        // SAFETY: the caller vouches for as many elements as are read.
         unsafe { simd.read_f16(from) }
     }
 }

@@ -36,7 +36,8 @@ pub(super) unsafe fn finish<S: Simd>(
             for r in 0..rows {
                 for c in (0..width).step_by(S::LANES) {
                     let lanes = (width - c).min(S::LANES);
-                    // SAFETY: the caller vouches for these rows and columns.
+                    // SAFETY: row and columns are below `rows` and `width`, for which the caller vouches; `lanes` ends at
+                    // the width.
                     unsafe {
                         let mut y = total(simd, product, r, c, lanes);
                         if let Some(add) = add {
@@ -53,11 +54,15 @@ pub(super) unsafe fn finish<S: Simd>(
     )
 }
 
+/// The sum of the spans at row `r`, columns from `c` on.
+///
+/// # Safety
+/// The product must be valid for reads of `lanes` columns from there on.
 #[inline(always)]
 unsafe fn total<S: Simd>(simd: S, product: Product, r: usize, c: usize, lanes: usize) -> S::F32 {
     let mut sum = simd.zero();
     for span in 0..product.spans {
-        // SAFETY: the caller vouches for the product.
+        // SAFETY: the caller vouches for these columns of each span.
         sum = simd
             .add(sum, unsafe { simd.read_part(product.at.add(span * product.span + r * product.stride + c), lanes) });
     }

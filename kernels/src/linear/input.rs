@@ -63,7 +63,7 @@ impl<'a> Input<'a> {
                 let to = Shared::new(&mut rounded);
                 blocks(&|rows| {
                     let x = &x[rows.start * k..rows.end * k];
-                    // SAFETY: no other block has these rows.
+                    // SAFETY: `rounded` has rows · k elements, and no other block has these rows.
                     let to = unsafe { std::slice::from_raw_parts_mut(to.get().add(rows.start * k), x.len()) };
                     dispatch!(isa, |_simd| round(kind, x, to));
                 });
@@ -90,7 +90,8 @@ impl<'a> Input<'a> {
                         while row < block.end {
                             let some = group_rows_of(simd, rows, block.end - row, group);
                             let at = row * groups;
-                            // SAFETY: no other block has these rows.
+                            // SAFETY: codes have rows · groups · group elements and the others rows · groups, of which this
+                            // is what starts at `row`; no other block has these rows.
                             unsafe {
                                 let to = (
                                     to.0.get().add(at * group),
@@ -223,7 +224,7 @@ unsafe fn quantise<S: Simd, const G: usize>(
             }
             let codes = rounded.map(|y: f32| y.to_bits() as i8);
             let sum = simd.reduce_add(sum);
-            // SAFETY: the group and the row are within what the caller vouches for.
+            // SAFETY: g is below K/G, j below G/4 and r below `rows`, for which the caller vouches.
             unsafe {
                 for (j, codes) in codes.chunks_exact(4).enumerate() {
                     let to = to.0.add(((g * G / 4 + j) * rows + r) * 4);

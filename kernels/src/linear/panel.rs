@@ -42,7 +42,8 @@ pub(super) unsafe fn columns<S: Simd, T: Element>(
         let some = c..columns.end.min(c + width);
         for part in 0..parts {
             let terms = part * k / parts..(part + 1) * k / parts;
-            // SAFETY: columns and terms are within what the caller vouches for; a part has at most TERMS terms.
+            // SAFETY: columns and terms are within what the caller vouches for; a part has at most TERMS terms, of which
+            // each is `width` elements of the panel, and width is at most 64.
             unsafe {
                 match order {
                     Order::Kn => pack(simd, w, n, terms.clone(), some.clone(), panel),
@@ -60,6 +61,9 @@ pub(super) unsafe fn columns<S: Simd, T: Element>(
 }
 
 /// Rows `terms` and columns `columns` of w (K, N) into `panel` (terms, width), zeros behind the last column.
+///
+/// # Safety
+/// `w` must be valid for reads of these rows and columns, `panel` for writes of as many rows of `width`.
 unsafe fn pack<S: Simd, T: Element>(
     simd: S,
     w: *const T,
@@ -75,7 +79,8 @@ unsafe fn pack<S: Simd, T: Element>(
             for (i, term) in terms.enumerate() {
                 for v in (0..width).step_by(S::LANES) {
                     let left = columns.len().saturating_sub(v);
-                    // SAFETY: only columns below the end are read; the panel holds TERMS rows.
+                    // SAFETY: of columns only those that are left are read, none behind the end; row i of the panel has
+                    // a vector from v on.
                     unsafe {
                         let from = w.wrapping_add(term * n + columns.start + v);
                         let values =
@@ -89,6 +94,9 @@ unsafe fn pack<S: Simd, T: Element>(
 }
 
 /// The same of w (N, K).
+///
+/// # Safety
+/// As [`pack`].
 unsafe fn pack_transposed<S: Simd, T: Element>(
     simd: S,
     w: *const T,
@@ -105,7 +113,8 @@ unsafe fn pack_transposed<S: Simd, T: Element>(
             for c in 0..width {
                 for i in (0..terms.len()).step_by(S::LANES) {
                     let left = (terms.len() - i).min(S::LANES);
-                    // SAFETY: only terms of columns below the end are read; the panel holds TERMS rows.
+                    // SAFETY: of terms only those that are left are read, and none of columns behind the end; i + l is
+                    // below the terms, c below the width.
                     unsafe {
                         let values = match c < columns.len() {
                             true => T::read_part(simd, w.add((columns.start + c) * k + terms.start + i), left),
@@ -140,7 +149,7 @@ unsafe fn product<S: Simd, const V: usize>(
 ) {
     let mut row = 0;
     while row < rows {
-        // SAFETY: rows below `rows`.
+        // SAFETY: `row` is below `rows`, and a tile has no more rows than are left.
         unsafe {
             let (x, out) = (x.add(row * k + terms.start), out.add(row * stride));
             row += match rows - row {
@@ -153,6 +162,9 @@ unsafe fn product<S: Simd, const V: usize>(
 }
 
 /// R rows × V vectors; returns R.
+///
+/// # Safety
+/// As [`product`], with R rows.
 #[allow(clippy::needless_range_loop)]
 unsafe fn tile<S: Simd, const R: usize, const V: usize>(
     simd: S,
@@ -169,7 +181,8 @@ unsafe fn tile<S: Simd, const R: usize, const V: usize>(
         #[inline(always)]
         || {
             let mut acc = [[simd.zero(); V]; R];
-            // SAFETY: the caller vouches for R rows of x and out, and for the panel.
+            // SAFETY: r is below R, i below `terms` and v below the vectors of a row of the panel, for which the caller
+            // vouches; of out no more than `width` columns are read and written.
             unsafe {
                 for i in 0..terms {
                     let mut w = [simd.zero(); V];

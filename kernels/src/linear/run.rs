@@ -110,7 +110,7 @@ pub(super) fn run(isa: Isa, pool: &dyn Pool, x: &[f32], rows: usize, jobs: &[Job
         let Plan::Spans(cuts) = plan else { continue };
         let n = job.n();
         let product = |&(cut, at): &(Cut, usize)| Product {
-            // SAFETY: where this weight's sums start.
+            // SAFETY: `at` was counted up to the length of the sums when the cuts were made.
             at: unsafe { sums.get().add(at) },
             spans: cut.spans(),
             span: rows * n,
@@ -134,13 +134,14 @@ struct Piece {
     width: usize,
 }
 
-// SAFETY: its pointers are only read, and nobody writes there any more.
+// SAFETY: its pointers are to sums that were written before it was made, and are only read.
 unsafe impl Sync for Piece {}
 
 impl Piece {
     fn finish(&self, isa: Isa, job: &Job, column: usize) {
         let n = job.n();
-        // SAFETY: columns of the products, add and out, whose lengths have been checked; nobody else has these columns.
+        // SAFETY: `column` is below n, and so are the columns up to the width, in products of `rows` rows and in add and
+        // out, whose lengths have been checked; nobody else has these columns.
         unsafe {
             let at = |product: Product| Product { at: product.at.add(column), ..product };
             let add = job.add.map(|add| add.as_ptr().add(column));
@@ -204,7 +205,9 @@ fn tile<'a, S: Simd>(
     let stride = if direct { n } else { tile_columns };
     for (weight, to) in job.weights.iter().zip(if direct { [out; 2] } else { tiles }) {
         let k = weight.k;
-        // SAFETY: x and the weight have been checked, rows and columns are theirs, and there is room for them.
+        // SAFETY: x and the weight have been checked; the rows are below `rows`, from a multiple of `BLOCK_ROWS` on as codes are
+        // divided, and the columns below n, a multiple of a block. Each goes to its own rows and columns of out, which no
+        // other task has, or to a tile of `size` elements; the panel is `SCRATCH` long.
         unsafe {
             match &weight.weight {
                 Weight::Packed(w) => {
@@ -228,7 +231,7 @@ fn tile<'a, S: Simd>(
     }
     let product = |at: *mut f32| Product { at, spans: 1, span: 0, stride };
     let (first, up) = if direct { (product(out), None) } else { (product(tiles[0]), Some(product(tiles[1]))) };
-    // SAFETY: add and out have been checked, and no other task has these rows and columns.
+    // SAFETY: add and out have been checked for n columns of all rows; no other task has these rows and columns.
     unsafe {
         let add = job.add.map(|add| add.as_ptr().add(row * n + column));
         finish(simd.floats(), first, up, job.activation, add, some.len(), columns.len(), out, n);

@@ -80,7 +80,8 @@ pub(super) unsafe fn task<S: Simd, T: Element>(
             let next = if some.end < terms.end { SIDE_BY_SIDE * n } else { 0 };
             let mut row = 0;
             while row < rows {
-                // SAFETY: rows, terms and columns are within what the caller vouches for.
+                // SAFETY: row, terms and columns are below `rows`, k and n, for which the caller vouches; the scratch has
+                // rows of `width`; no more rows are taken at once than are left.
                 unsafe {
                     let sums = Sums {
                         from: if first == part.start { None } else { Some(scratch.add(row * width)) },
@@ -149,7 +150,8 @@ unsafe fn side_by_side<S: Simd, T: Element, const R: usize, const V: usize>(
     next: usize,
 ) -> usize {
     let mut c = 0;
-    // SAFETY: columns c … c + V·LANES, c + LANES and the rest are within the piece.
+    // SAFETY: c + V·LANES is at most the piece's width, and where less is left, only lanes below the width are touched;
+    // the caller vouches for R rows.
     unsafe {
         while c + V * S::LANES <= sums.width {
             tile::<S, T, R, V, false>(simd, x, k, w, n, terms.clone(), sums, next, c);
@@ -186,7 +188,8 @@ unsafe fn tile<S: Simd, T: Element, const R: usize, const V: usize, const PART: 
         || {
             let lanes = (sums.width - c).min(S::LANES);
             let mut acc = [[simd.zero(); V]; R];
-            // SAFETY: the caller vouches for the columns that are read and written here, in these rows.
+            // SAFETY: the caller vouches for the columns from c on in R rows of x, sums and scratch: V whole vectors, or
+            // `lanes` of one where `PART`.
             unsafe {
                 let read = |from: *const f32| if PART { simd.read_part(from, lanes) } else { simd.read(from) };
                 if let Some(from) = sums.from {
