@@ -132,15 +132,20 @@ impl Owned {
 
     /// The value of a float weight.
     fn value(&self, k: usize, n: usize) -> f64 {
+        self.parts(k, n).iter().sum()
+    }
+
+    /// What its value is the sum of, and multiplied by itself.
+    fn parts(&self, k: usize, n: usize) -> [f64; 2] {
         let at = |order| if order == Order::Kn { k * self.n + n } else { n * self.k + k };
         match self.store {
-            Store::F32(order) => self.f32s[at(order)].into(),
-            Store::Bf16(order) => self.bf16s[at(order)].into(),
-            Store::F16(order) => self.f16s[at(order)].into(),
+            Store::F32(order) => [self.f32s[at(order)].into(), 0.0],
+            Store::Bf16(order) => [self.bf16s[at(order)].into(), 0.0],
+            Store::F16(order) => [self.f16s[at(order)].into(), 0.0],
             Store::Packed { format, .. } => {
                 let group = n * self.k.div_ceil(format.group) + k / format.group;
                 let min = if format.mins { self.groups[1][group] } else { 0.0 };
-                self.groups[0][group] * f64::from(self.codes[n * self.k + k]) + min
+                [self.groups[0][group] * f64::from(self.codes[n * self.k + k]), min]
             }
         }
     }
@@ -156,7 +161,7 @@ impl Owned {
                 Store::Packed { format, .. } => x.chunks(format.group).flat_map(quantised).collect(),
             };
             for n in 0..self.n {
-                let terms = x.iter().enumerate().map(|(k, x)| x * self.value(k, n));
+                let terms = x.iter().enumerate().flat_map(|(k, x)| self.parts(k, n).map(|w| x * w));
                 out.push(terms.fold((0.0, 0.0), |(sum, size), term| (sum + term, size + term.abs())));
             }
         }
