@@ -30,12 +30,17 @@ from pathlib import Path
 
 PINS = ["torch==2.15.0", "transformers==5.23.0", "safetensors==0.8.0", "tokenizers==0.23.3", "numpy==2.4.6"]
 
-FORMAT, VERSION = "xllama-golden", 2
+FORMAT, VERSION = "xllama-golden", 3
 TOLERANCES = {
     "f32_kl_max": 1e-7,
     "activation_relative": 1e-5,
     "consistency_absolute": 1e-4,
-    "bf16_kl_factor": 1.25,
+    "kl_factor": {  # of PyTorch's own figures
+        "bf16": {"kl_mean": 1.25, "kl_max": 1.25},
+        "f16": {"kl_mean": 1.25, "kl_max": 4.0},
+        "int8": {"kl_mean": 1.5, "kl_max": 4.0},
+        "int4": {"kl_mean": 1.5, "kl_max": 4.0},
+    },
     "greedy_min_margin": 1e-3,
 }
 GREEDY_TOKENS = 40
@@ -122,7 +127,7 @@ def parse_arguments():
         default="float64",
         help="with --model: dtype of the reference run; float64 needs 8 bytes a parameter",
     )
-    ap.add_argument("--no-bf16", action="store_true", help="leave out PyTorch's own bf16 run")
+    ap.add_argument("--no-narrow", action="store_true", help="leave out PyTorch's own runs in bf16, f16, int8 and int4")
     ap.add_argument("--python", metavar="PY", help="an interpreter that has the pinned packages")
     args = ap.parse_args()
     if args.model is None:
@@ -676,6 +681,73 @@ def relative_error(a, golden):
     return max((abs(a[name] - g).max() / abs(g).max() for name, g in golden.items()), default=None)
 
 
+# ------------------------------------------------------------------------------------------------ PyTorch in fewer bits
+
+
+def in_groups(x, bits, scales="float32"):
+    """x (…, K) as codes times a scale for each 32 terms, by the plain rules of llama.cpp's Q8_0 and Q4_0: the term of largest
+    magnitude is ±127, or −8."""
+    import torch
+
+    end, most = {8: (127.0, 127), 4: (-8.0, 7)}[bits]
+    groups = torch.nn.functional.pad(x, (0, -x.shape[-1] % 32)).unflatten(-1, (-1, 32))
+    scale = groups.gather(-1, groups.abs().argmax(-1, keepdim=True)) / end
+    codes = (groups / scale.where(scale != 0, 1.0)).round().clamp(max=most)
+    return (codes * scale.to(getattr(torch, scales)).float()).flatten(-2)[..., : x.shape[-1]]
+
+
+def with_rounded(inputs, floats=(), attention=False):
+    """A context in which `inputs` rounds what is multiplied with a weight, unless that is one of `floats`, and both sides of the
+    products of attention if it says so."""
+    import torch
+    from torch.overrides import TorchFunctionMode
+
+    keep = {weight.data_ptr() for weight in floats}
+
+    class Mode(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            if function is torch.nn.functional.linear and args[1].data_ptr() not in keep:
+                args = (inputs(args[0]), *args[1:])
+            elif function is torch.matmul and attention:
+                args = tuple(map(inputs, args))
+            return function(*args, **(kwargs or {}))
+
+    return Mode()
+
+
+def packed_logits(folder, bits, tokens):
+    """Logits of a float32 run in which matrices are in groups of `bits`, with scales in half precision, and what is
+    multiplied with them in groups of 8 bits. The embedding and the head have 8 bits in any case. Norms, biases, routers,
+    the gate of a shared expert and all that is no product with a weight remain float32."""
+    model = load(folder, "float32", "eager")  # whose experts are products like others
+    floats = []
+    for name, weight in model.named_parameters():
+        if weight.dim() < 2 or name.endswith((".gate.weight", "shared_expert_gate.weight")):
+            floats.append(weight)
+            continue
+        own = 8 if name.endswith(("embed_tokens.weight", "lm_head.weight")) else bits
+        for rows in weight.data.split(4096):
+            rows.copy_(in_groups(rows, own, "float16"))
+    with with_rounded(lambda x: in_groups(x, 8), floats):
+        return forward(model, tokens)[0]
+
+
+def narrow_logits(folder, name, tokens):
+    """PyTorch's logits in bf16, f16, int8 or int4. Where its f16 overflows, they are those of float32 with weights and all sides
+    of products in f16."""
+    import numpy as np
+
+    if name in ("int8", "int4"):
+        return packed_logits(folder, int(name[3:]), tokens)
+    dtype = {"bf16": "bfloat16", "f16": "float16"}[name]
+    logits = forward(load(folder, dtype), tokens)[0]
+    if name == "f16" and not np.isfinite(logits).all():
+        print(f"note: {folder}: PyTorch's f16 overflows; taken with f16 in products only", file=sys.stderr)
+        with with_rounded(lambda x: x.half().float(), attention=True):
+            logits = forward(load(folder, dtype, "eager").float(), tokens)[0]
+    return logits
+
+
 # ----------------------------------------------------------------------------- what a misread model would cost in KL
 
 
@@ -999,7 +1071,7 @@ def stored_positions(count, window):
     return sorted(chosen | set(between.round().astype(int).tolist()))
 
 
-def golden(folder, tokens, prompts, layers, reference, bf16, greedy_tokens):
+def golden(folder, tokens, prompts, layers, reference, narrow, greedy_tokens):
     """Arrays for the npz, float64 logits, and what the manifest says of them. `prompts`: (text or None, ids)."""
     import numpy as np
 
@@ -1037,8 +1109,7 @@ def golden(folder, tokens, prompts, layers, reference, bf16, greedy_tokens):
             "kl_mean": rounded(f32_kl.mean()),
             "kl_max": rounded(f32_kl.max()),
             "activation_relative_max": rounded(relative_error(f32_taps, taps)),
-        },
-        "bf16": None,
+        }
     }
     for figure, limit in (("kl_max", "f32_kl_max"), ("activation_relative_max", "activation_relative")):
         if (figures["f32"][figure] or 0.0) > TOLERANCES[limit]:
@@ -1048,10 +1119,13 @@ def golden(folder, tokens, prompts, layers, reference, bf16, greedy_tokens):
             )
     del f32
 
-    if bf16:
-        bf16_kl = kl(logits, forward(load(folder, "bfloat16"), tokens)[0], arrays.get("top_ids"))
-        figures["bf16"] = {"kl_mean": rounded(bf16_kl.mean()), "kl_max": rounded(bf16_kl.max())}
-        arrays["bf16_kl"] = bf16_kl
+    for name in TOLERANCES["kl_factor"] if narrow else ():
+        narrow_kl = kl(logits, narrow_logits(folder, name, tokens), arrays.get("top_ids"))
+        if not np.isfinite(narrow_kl).all():
+            raise GoldenError(f"{folder}: PyTorch's own {name} run overflows; leave such runs out with --no-narrow")
+        figures[name] = {"kl_mean": rounded(narrow_kl.mean()), "kl_max": rounded(narrow_kl.max())}
+        if name == "bf16":
+            arrays["bf16_kl"] = narrow_kl
     if layers:
         arrays["activation_positions"] = np.array(rows, np.int32)
     arrays |= {name: taps[name].astype(np.float32) for name in sorted(taps)}
@@ -1119,11 +1193,15 @@ def finish(out, entry):
         manifest["cases"] = sorted([*others, entry], key=lambda c: c["name"])
 
     update_manifest(out, change)
-    f32, bf16 = entry["pytorch"]["f32"], entry["pytorch"]["bf16"]
+    f32 = entry["pytorch"]["f32"]
     print(
         f"{entry['name']:18} T {entry['positions']:4}  V {entry['vocab_size']:6}  PyTorch: f32 KL {f32['kl_max']:.1e}"
         + (f"  activations {f32['activation_relative_max']:.1e}" if entry["activations"] else "")
-        + (f"  bf16 KL mean {bf16['kl_mean']:.1e} max {bf16['kl_max']:.1e}" if bf16 else "")
+        + "".join(
+            f"  {name} KL mean {kl['kl_mean']:.1e} max {kl['kl_max']:.1e}"
+            for name, kl in entry["pytorch"].items()
+            if name != "f32"
+        )
         + f"  greedy margin {min((g['min_margin'] for g in entry['greedy']), default=float('nan')):.1e}"
         + (f"  router gap {entry['router_gap']:.1e}" if entry["router_gap"] else "")
         + (
@@ -1135,13 +1213,13 @@ def finish(out, entry):
     )
 
 
-def small_golden(out, name, cfg, seed, options, bf16):
+def small_golden(out, name, cfg, seed, options, narrow):
     options = dict(options)
     count, gap = options.pop("positions", 88), options.pop("router_gap", 0.0)
     folder = out / name / "model"
     write_small_model(folder, cfg, seed, **options)
     tokens = clear_tokens(load(folder, "float64", "eager"), count, seed + 1, gap)
-    arrays, logits, entry = golden(folder, tokens, [(None, tokens)], None, "float64", bf16, GREEDY_TOKENS)
+    arrays, logits, entry = golden(folder, tokens, [(None, tokens)], None, "float64", narrow, GREEDY_TOKENS)
     if any(len(g["tokens"]) < GREEDY_TOKENS for g in entry["greedy"]):
         raise GoldenError(f"{folder}: the greedy continuation meets a near tie; choose another seed")
     if (entry["router_gap"] or 1.0) < 1e-3:
@@ -1184,7 +1262,7 @@ def user_golden(args, out):
     layers = {None: None, "none": []}.get(args.activations, args.activations)
     if layers:
         layers = sorted({int(i) for i in layers.split(",")})
-    arrays, _, entry = golden(folder, tokens, prompts, layers, args.reference, not args.no_bf16, args.greedy_tokens)
+    arrays, _, entry = golden(folder, tokens, prompts, layers, args.reference, not args.no_narrow, args.greedy_tokens)
     (out / name).mkdir(parents=True, exist_ok=True)
     write_npz(out / name / "golden.npz", arrays)
     sources = [p for p in sorted(folder.iterdir()) if p.suffix in (".json", ".model", ".safetensors")]
@@ -1262,7 +1340,7 @@ def run(args):
     for name in args.cases or cases:
         if name not in cases:
             raise GoldenError(f"--cases: expected some of {', '.join(cases)}, found {name}")
-        small_golden(out, name, *cases[name], not args.no_bf16)
+        small_golden(out, name, *cases[name], not args.no_narrow)
     if not args.cases:
         block_vectors(out)
 

@@ -5,7 +5,7 @@ use std::fs::{self, File};
 use std::io::BufReader;
 use std::path::{Path, PathBuf};
 
-use converter::Checkpoint;
+use converter::{Checkpoint, Precision};
 use npyz::npz::NpzArchive;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
@@ -17,23 +17,29 @@ use crate::runtime::{Engine, Session, chunked_logits, hex};
 use crate::sharding::MeshShape;
 use crate::text::Tokenizer;
 
+/// What `manifest.json` says of itself.
+#[derive(Deserialize)]
+struct Form {
+    format: String,
+    version: u32,
+}
+
 /// `manifest.json`.
 #[derive(Debug, Deserialize)]
 pub struct Manifest {
-    format: String,
-    version: u32,
     tolerances: Tolerances,
     /// The cases, sorted by name.
     pub cases: Vec<Case>,
 }
 
 /// How far we may be from PyTorch.
-#[derive(Clone, Copy, Debug, Deserialize)]
+#[derive(Clone, Debug, Deserialize)]
 struct Tolerances {
     f32_kl_max: f64,
     activation_relative: f64,
     consistency_absolute: f64,
-    bf16_kl_factor: f64,
+    /// By type: how many times PyTorch's own figures.
+    kl_factor: BTreeMap<String, KlFigures>,
 }
 
 /// One model and one run of PyTorch over it.
@@ -47,7 +53,8 @@ pub struct Case {
     logits: LogitsKind,
     text: Option<String>,
     greedy: Vec<Greedy>,
-    pytorch: Pytorch,
+    /// By type: how far PyTorch's own run is.
+    pytorch: BTreeMap<String, KlFigures>,
     files: BTreeMap<PathBuf, String>,
 }
 
@@ -72,11 +79,6 @@ struct Greedy {
     tokens: Vec<u32>,
 }
 
-#[derive(Debug, Deserialize)]
-struct Pytorch {
-    bf16: Option<KlFigures>,
-}
-
 #[derive(Clone, Copy, Debug, Deserialize)]
 struct KlFigures {
     kl_mean: f64,
@@ -92,6 +94,8 @@ pub struct Row {
     pub check: String,
     /// Largest absolute difference (of logits; of activations, relative to the array's largest value).
     pub max_abs_error: Option<f64>,
+    /// Mean KL divergence of a position, nats.
+    pub mean_kl: Option<f64>,
     /// Largest KL divergence of one position, nats.
     pub max_kl: Option<f64>,
     /// Share of positions (or tokens) where the most likely id is the same.
@@ -122,6 +126,7 @@ impl Row {
             case: case.into(),
             check: check.into(),
             max_abs_error: None,
+            mean_kl: None,
             max_kl: None,
             top1: None,
             tolerance: String::new(),
@@ -137,16 +142,14 @@ impl Manifest {
     pub fn open(dir: &Path) -> Result<Manifest, Error> {
         let path = dir.join("manifest.json");
         let text = fs::read_to_string(&path).map_err(Error::io("reading", &path))?;
-        let manifest: Manifest =
-            serde_json::from_str(&text).map_err(|e| Error::Golden { path: path.clone(), what: e.to_string() })?;
-        if manifest.format != "xllama-golden" || manifest.version != 2 {
-            let what = format!(
-                "expected format xllama-golden version 2, found {} version {}; make it again with scripts/make_golden.py",
-                manifest.format, manifest.version
-            );
-            return Err(Error::Golden { path, what });
+        let bad = |what: String| Error::Golden { path: path.clone(), what };
+        let Form { format, version } = serde_json::from_str(&text).map_err(|e| bad(e.to_string()))?;
+        if format != "xllama-golden" || version != 3 {
+            return Err(bad(format!(
+                "expected format xllama-golden version 3, found {format} version {version}; make it again with scripts/make_golden.py"
+            )));
         }
-        Ok(manifest)
+        serde_json::from_str(&text).map_err(|e| bad(e.to_string()))
     }
 }
 
@@ -323,8 +326,11 @@ const INT8_CACHE: KlFigures = KlFigures { kl_mean: 5e-3, kl_max: 3e-2 };
 /// How far logits on a mesh may be from those of one device, f32.
 const MESH_ABSOLUTE: f64 = 1e-4;
 
-/// Makes an engine of a checkpoint in a dtype on a mesh.
-pub type Load<'a> = dyn Fn(&Checkpoint, DType, MeshShape) -> Result<Engine, Error> + 'a;
+/// What a run in fewer bits is held to: the same of PyTorch.
+const NARROW: [&str; 4] = ["bf16", "f16", "int8", "int4"];
+
+/// Makes an engine of a checkpoint in a type on a mesh.
+pub type Load<'a> = dyn Fn(&Checkpoint, Precision, MeshShape) -> Result<Engine, Error> + 'a;
 
 /// Runs one case on `mesh` with the engines that `load` makes. On several devices the logits are compared with one device's
 /// too, and activations, which then lie in pieces, are not.
@@ -343,7 +349,7 @@ pub fn check(
         return Ok(vec![Row::refused(case, &why)]);
     }
     case.verify_files(dir)?;
-    let tolerances = tolerances_of.tolerances;
+    let tolerances = &tolerances_of.tolerances;
     let mut arrays = Arrays::open(dir.join(&case.npz))?;
     let tokens: Vec<u32> = arrays.read::<i32>("tokens")?.into_iter().map(|t| t as u32).collect();
     let vocab = checkpoint.config().vocab_size;
@@ -363,12 +369,13 @@ pub fn check(
     let row = |check: &str| Row::new(&case.name, check);
     let mut rows = Vec::new();
 
-    let engine = load(checkpoint, DType::F32, mesh)?;
-    let narrow = engine.cache_options().dtype.filter(|dtype| *dtype != DType::F32);
-    let within = |name: &str, logits: &[f32], bar: KlFigures, tolerance: String| {
+    let f32 = Precision::Float(converter::DType::F32);
+    let engine = load(checkpoint, f32, mesh)?;
+    let within = |name: &str, logits: &[f32], (bar, tolerance): (KlFigures, String)| {
         let d = reference.distance(logits);
         Row {
             max_abs_error: Some(d.max_abs),
+            mean_kl: Some(d.kl_mean),
             max_kl: Some(d.kl_max),
             top1: Some(d.top1),
             tolerance,
@@ -377,19 +384,23 @@ pub fn check(
             ..row(name)
         }
     };
-    let factor = tolerances.bf16_kl_factor;
-    let as_bf16 = |name: &str, logits: &[f32], pytorch: KlFigures| {
-        let bar = KlFigures { kl_mean: factor * pytorch.kl_mean, kl_max: factor * pytorch.kl_max };
-        within(name, logits, bar, format!("KL ≤ {factor} × {:.1e}", pytorch.kl_max))
+    // What a run in a type may lose, by what PyTorch loses in it, and how the table says it.
+    let pytorch = |narrow: &str| {
+        let (found, factor) = (case.pytorch.get(narrow)?, tolerances.kl_factor.get(narrow)?);
+        let bar = KlFigures { kl_mean: factor.kl_mean * found.kl_mean, kl_max: factor.kl_max * found.kl_max };
+        let of_mean = format!("{} × {:.1e}", factor.kl_mean, found.kl_mean);
+        Some((bar, format!("KL ≤ {of_mean}, {} × {:.1e}", factor.kl_max, found.kl_max)))
     };
-    // A cache of 16 bits may cost as much as PyTorch loses by running all in bf16.
-    if let (Some(cache), Some(pytorch)) = (narrow, case.pytorch.bf16) {
+    // A cache of 16 bits may cost as much as PyTorch loses by running all in them.
+    let of_cache = |cache: DType| match cache {
+        DType::F32 => None,
+        DType::I8 => Some((INT8_CACHE, format!("KL ≤ {:.0e}, {:.0e}", INT8_CACHE.kl_mean, INT8_CACHE.kl_max))),
+        _ => pytorch(cache.name()),
+    };
+    if let Some((cache, bar)) = engine.cache_options().dtype.and_then(|cache| Some((cache, of_cache(cache)?))) {
         for (name, chunk) in [("prefill", tokens.len()), ("decode", 1)] {
-            let (name, logits) = (format!("{cache} cache, {name}"), chunked_logits(&engine, &tokens, chunk)?);
-            rows.push(match cache {
-                DType::I8 => within(&name, &logits, INT8_CACHE, format!("KL ≤ {:.0e}", INT8_CACHE.kl_max)),
-                _ => as_bf16(&name, &logits, pytorch),
-            });
+            let logits = chunked_logits(&engine, &tokens, chunk)?;
+            rows.push(within(&format!("{cache} cache, {name}"), &logits, bar.clone()));
         }
         return Ok(rows);
     }
@@ -397,6 +408,7 @@ pub fn check(
     let d = reference.distance(&prefill);
     rows.push(Row {
         max_abs_error: Some(d.max_abs),
+        mean_kl: Some(d.kl_mean),
         max_kl: Some(d.kl_max),
         top1: Some(d.top1),
         tolerance: format!("KL ≤ {:.0e}", tolerances.f32_kl_max),
@@ -404,7 +416,7 @@ pub fn check(
         ..row("f32 prefill")
     });
     if mesh.devices() > 1 {
-        let one = load(checkpoint, DType::F32, MeshShape::default())?;
+        let one = load(checkpoint, f32, MeshShape::default())?;
         let alone = chunked_logits(&one, &tokens, tokens.len())?;
         let difference = max_difference(prefill.iter().zip(&alone));
         rows.push(Row {
@@ -442,9 +454,11 @@ pub fn check(
     }
     drop(engine);
 
-    if let Some(pytorch) = case.pytorch.bf16 {
-        let engine = load(checkpoint, DType::BF16, mesh)?;
-        rows.push(as_bf16("bf16 prefill", &chunked_logits(&engine, &tokens, tokens.len())?, pytorch));
+    for narrow in NARROW {
+        let (Some(precision), Some(bar)) = (Precision::parse(narrow), pytorch(narrow)) else { continue };
+        let engine = load(checkpoint, precision, mesh)?;
+        let logits = chunked_logits(&engine, &tokens, tokens.len())?;
+        rows.push(within(&format!("{narrow} prefill"), &logits, bar));
     }
     Ok(rows)
 }

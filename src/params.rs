@@ -64,7 +64,7 @@ pub fn on_mesh(params: &Llama<Param>, cfg: &ModelConfig, mesh: MeshShape, whole:
 }
 
 /// The checkpoint library's name of a parameter dtype.
-pub fn host_dtype(dtype: DType) -> Result<converter::DType, Error> {
+pub(crate) fn host_dtype(dtype: DType) -> Result<converter::DType, Error> {
     match dtype {
         DType::F32 => Ok(converter::DType::F32),
         DType::BF16 => Ok(converter::DType::BF16),

@@ -8,7 +8,6 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use clap::Subcommand;
 use serde_json::json;
 use xllama::golden::{Case, Manifest, Row, check};
-use xllama::params::host_dtype;
 
 use super::model_args::{CacheArgs, DeviceArg, MeshArgs, ModelArg, ModelArgs};
 use super::{Context, table};
@@ -57,11 +56,11 @@ impl Args {
         let run = |case: &Case| {
             context.reporter.say(&format!("checking {}", case.name));
             let model = ModelArg { model: case.model(&dir, model.as_deref()) };
-            let load = |checkpoint: &converter::Checkpoint, dtype, shape| {
+            let load = |checkpoint: &converter::Checkpoint, precision, shape| {
                 let args = ModelArgs {
                     model: model.clone(),
                     device: device.clone(),
-                    dtype: Some(converter::Precision::Float(host_dtype(dtype)?)),
+                    dtype: Some(precision),
                     mesh: MeshArgs { mesh: shape, ..mesh.clone() },
                     cache: cache.clone(),
                 };
@@ -115,6 +114,7 @@ fn print(rows: &[Row], failed: usize, refused: usize) {
                 r.case.clone(),
                 r.check.clone(),
                 figure(r.max_abs_error),
+                figure(r.mean_kl),
                 figure(r.max_kl),
                 r.top1.map_or("-".into(), |x| format!("{:.1} %", 100.0 * x)),
                 r.tolerance.clone(),
@@ -127,7 +127,8 @@ fn print(rows: &[Row], failed: usize, refused: usize) {
             ]
         })
         .collect();
-    table::print(&["case", "check", "max abs error", "max KL", "top-1", "tolerance", "verdict"], &cells, &[2, 3, 4]);
+    let head = ["case", "check", "max abs error", "mean KL", "max KL", "top-1", "tolerance", "verdict"];
+    table::print(&head, &cells, &[2, 3, 4, 5]);
     for row in rows.iter().filter(|r| r.note.is_some()) {
         println!("{} {}: {}", row.case, row.check, row.note.as_deref().unwrap_or_default());
     }

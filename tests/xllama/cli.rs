@@ -227,9 +227,12 @@ fn json_of_golden_check() {
     let checked = run(["golden", "check", dir, "--case", "gqa2", "--json"]).json();
     assert_eq!((&checked["ok"], &checked["failed"]), (&json!(true), &json!(0)));
     let rows = checked["rows"].as_array().expect("rows");
-    rows.iter().for_each(|r| has_keys(r, &["case", "max_abs_error", "max_kl", "top1", "tolerance", "pass"]));
+    rows.iter().for_each(|r| has_keys(r, &["case", "max_abs_error", "mean_kl", "max_kl", "top1", "tolerance", "pass"]));
     run(["golden", "check", dir, "--case", "no such case"]).fails(1, &["no case to check", "no such case"]);
     run(["golden", "check", "/nowhere"]).fails(1, &["/nowhere"]);
+    let folder = Folder::new();
+    std::fs::write(folder.path("manifest.json"), r#"{"format": "xllama-golden", "version": 2}"#).expect("written");
+    run(["golden", "check", &folder.arg("")]).fails(1, &["version 3", "version 2", "make_golden.py"]);
 }
 
 #[test]
