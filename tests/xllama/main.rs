@@ -16,6 +16,7 @@ mod golden;
 mod kernels;
 mod mesh;
 mod moe;
+mod optimizers;
 mod packed;
 mod perplexity;
 mod search;

@@ -12,9 +12,9 @@ use serde::Deserialize;
 use xla::DType;
 use xla::graph::{Platform, Save};
 use xla::pjrt::Client;
-use xllama::runtime::{Blueprint, device};
+use xllama::model::LossOptions;
+use xllama::runtime::{Blueprint, GradientSpec, build_gradients, device};
 use xllama::sharding::MeshShape;
-use xllama::training::{GradientSpec, LossOptions, build_gradients};
 
 use crate::support::{golden, plugin};
 

@@ -142,6 +142,7 @@ fn every_way_to_make_an_op_keeps_the_callers_line() {
         (line!(), |g, x| g.output_aliased("y", x, &x.exp())),
         (line!(), |g, _| drop(g.arg("x", F32, &[]))),
         (line!(), |g, x| drop(g.apply(ops::unary::Exp, &[x, x]))),
+        (line!(), |g, _| g.reject("a rule of the caller's")),
     ];
     for (line, mistake) in mistakes {
         let g = Graph::new("wrong");

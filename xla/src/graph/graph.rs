@@ -594,6 +594,12 @@ impl Graph {
         }
     }
 
+    /// Records a mistake of the caller's, as the operations do: for functions whose arguments obey rules that no operation has.
+    #[track_caller]
+    pub fn reject(&self, message: &str) {
+        self.fail(Location::caller(), message.to_string());
+    }
+
     pub(crate) fn set_name(&self, tensor: &Tensor, name: &str) {
         let mut state = self.0.borrow_mut();
         let scope = state.scope_path();

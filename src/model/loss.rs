@@ -3,8 +3,8 @@
 use xla::DType::{F32, I32};
 use xla::graph::{Save, Tensor, einsum_as};
 
+use super::router_loss::{load_balancing_loss, router_z_loss};
 use crate::config::ModelConfig;
-use crate::model::{load_balancing_loss, router_z_loss};
 use crate::params::{Llama, Weight};
 
 /// The target of a position that does not count.

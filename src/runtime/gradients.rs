@@ -3,13 +3,12 @@
 use xla::DType::I32;
 use xla::graph::{Graph, Module, Save, Tensor};
 
-use super::loss::{Loss, LossOptions, Targets};
+use super::program::Blueprint;
 use crate::Error;
 use crate::config::ModelConfig;
 use crate::kv_cache::{CacheShape, KvCache, LayerCache, Place};
-use crate::model;
+use crate::model::{self, Loss, LossOptions, Targets};
 use crate::params::{self, Llama, Weight};
-use crate::runtime::Blueprint;
 
 /// A program that computes the gradients of a batch, by everything that shapes it.
 #[derive(Clone, Debug)]
