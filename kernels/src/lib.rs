@@ -1,7 +1,7 @@
 //! Numeric kernels over slices: products with float and packed weights, attention, norms. Knows no graph, no PJRT and no files.
 //!
 //! Every kernel is one source, generic over [`simd::Simd`], and runs on any [`Isa`] of the machine; what it computes
-//! does not depend on how many threads the [`Pool`] has.
+//! does not depend on how many threads the [`Pool`] has, but for the last digits of attention, which is cut into blocks by it.
 
 #[macro_use]
 mod isa;

@@ -418,6 +418,19 @@ impl Graph {
     /// The gradients of a scalar with respect to tensors of the same body: ∂`loss`/∂w for each w, of w's type and shape. A w
     /// that the loss does not depend on gets zeros.
     ///
+    /// ```
+    /// use xla::DType::F32;
+    /// use xla::graph::{Graph, einsum};
+    ///
+    /// let g = Graph::new("step");
+    /// let (x, w) = (g.arg("x", F32, &[4, 8]), g.arg("w", F32, &[8, 3]));
+    /// let loss = einsum("BM,MF->BF", &x, &w).tanh().square().sum(&[0, 1]);
+    /// let gradient = g.grad(&loss, &[&w]).remove(0);
+    /// g.output("w", &(&w - gradient * 0.1));
+    /// assert!(g.finish()?.stablehlo().contains("gradient/dot_general"));
+    /// # Ok::<(), xla::graph::GraphError>(())
+    /// ```
+    ///
     /// Errors: a loss that is not a float scalar, an integer w, an op on the way that has no derivative, tensors of different
     /// bodies.
     #[track_caller]
