@@ -233,7 +233,7 @@ fn build(form: Form, spec: &StepSpec, model: &Blueprint) -> anyhow::Result<Modul
     let (tokens, first) = (g.arg("tokens", DType::I32, &[b, s]), g.arg("position", DType::I32, &[b]));
     let positions = first.broadcast(&[b, s], &[0]) + g.iota(DType::I32, &[b, s], 1);
     let place = Place { positions, first: first.clone(), valid: None, table: None, read_len: spec.read_len };
-    let frequencies = model::frequencies(&g, b, cfg);
+    let frequencies = model::frequencies(&g, b, None, cfg);
     let (hidden, new) = match form {
         Form::Loop => forward_loop(&p, &tokens, &place, &frequencies, &cache, spec, cfg),
         _ => {

@@ -268,60 +268,61 @@ fn sorted(weights: &Experts<'_>, x: &Tensor, ids: &Tensor, all: usize) -> Tensor
         let y = feed_forward(&x.take(&token.take(&at, 0), 0), gate, up, down, act);
         blocks.push(y.reshape(&[experts * c, m]));
     }
-    // With C = N rows, no expert has more.
-    let loops = first == 0 || c < n;
-    let number = g.iota(I32, &[most], 0);
-    let passed = ends.broadcast(&[most, experts], &[1]).le(&number.broadcast(&[most, experts], &[0]));
-    let expert = passed.cast(I32).sum(&[1]);
-    let at = starts.take(&expert, 0) + (&number - before.take(&expert, 0) + first as i64) * c as i64;
-    let total = ends.narrow(0, experts - 1, 1).reshape(&[]);
-    let mut read = vec![&expert, &at, &token, x];
-    read.extend([gate, up, down].into_iter().flat_map(Weight::tensors));
-    // One block, from its number and what is read.
-    let one = |block: &Tensor, read: &[Tensor]| {
-        let [expert, at, token, x, weights @ ..] = read else { return block.clone() };
-        let zero = block.graph().scalar(0, I32);
-        let this = |table: &Tensor| table.dynamic_slice(&[block], &[1]).reshape(&[]);
-        let expert = this(expert);
-        let mut weights = weights.iter().map(|all| {
-            let mut start = vec![&zero; all.rank()];
-            start[0] = &expert;
-            all.dynamic_slice(&start, &[&[1], &all.shape()[1..]].concat())
-        });
-        let mut next = || weights.next().expect("a loop gets what it was given");
-        let [gate, up, down] = [gate, up, down].map(|weight| weight.with(&mut next));
-        let rows = x.take(&token.dynamic_slice(&[&this(at)], &[c]), 0).expand_dims(0);
-        feed_forward(&rows, &gate, &up, &down, act).reshape(&[c, m])
-    };
     let joined = |rest: Tensor| g.concatenate(&blocks.iter().chain([&rest]).collect::<Vec<_>>(), 0);
-    let y = if !loops {
+    let y = if first == 1 && c >= n {
+        // With C = N rows, no expert has more.
         joined(g.full(0.0, F32, &[most * c, m]))
-    } else if g.training() {
-        // As long as there could be blocks, passing over those that there are not: what ends earlier has no derivative.
-        let read: Vec<&Tensor> = std::iter::once(&total).chain(read).collect();
-        let (_, rows) = g.scan("expert_blocks", most, &read, &[], &[&number], |read, _, number| {
-            let inputs: Vec<&Tensor> = number.iter().chain(&read[1..]).collect();
-            let none = |_: &[Tensor]| vec![g.full(0.0, F32, &[c, m])];
-            (vec![], g.cond(&number[0].lt(&read[0]), &inputs, |v| vec![one(&v[0], &v[1..])], none))
-        });
-        joined(rows[0].reshape(&[most * c, m]))
     } else {
-        let y = joined(g.full(0.0, F32, &[most * c, m]));
-        let block = g.scalar(0, I32);
-        let state: Vec<&Tensor> = [&block, &y, &total].into_iter().chain(read).collect();
-        let done = g.while_loop(
-            &state,
-            |v| v[0].lt(&v[2]),
-            |v| {
-                let zero = v[0].graph().scalar(0, I32);
-                let to = (&v[0] + (first * experts) as i64) * c as i64;
-                let rows = one(&v[0], &v[3..]);
-                let mut next = v.to_vec();
-                (next[0], next[1]) = (&v[0] + 1, v[1].dynamic_update_slice(&rows, &[&to, &zero]));
-                next
-            },
-        );
-        done.into_iter().nth(1).unwrap_or(y)
+        let number = g.iota(I32, &[most], 0);
+        let passed = ends.broadcast(&[most, experts], &[1]).le(&number.broadcast(&[most, experts], &[0]));
+        let expert = passed.cast(I32).sum(&[1]);
+        let at = starts.take(&expert, 0) + (&number - before.take(&expert, 0) + first as i64) * c as i64;
+        let total = ends.narrow(0, experts - 1, 1).reshape(&[]);
+        let mut read = vec![&expert, &at, &token, x];
+        read.extend([gate, up, down].into_iter().flat_map(Weight::tensors));
+        // One block, from its number and what is read.
+        let one = |block: &Tensor, read: &[Tensor]| {
+            let [expert, at, token, x, weights @ ..] = read else { return block.clone() };
+            let zero = block.graph().scalar(0, I32);
+            let this = |table: &Tensor| table.dynamic_slice(&[block], &[1]).reshape(&[]);
+            let expert = this(expert);
+            let mut weights = weights.iter().map(|all| {
+                let mut start = vec![&zero; all.rank()];
+                start[0] = &expert;
+                all.dynamic_slice(&start, &[&[1], &all.shape()[1..]].concat())
+            });
+            let mut next = || weights.next().expect("a loop gets what it was given");
+            let [gate, up, down] = [gate, up, down].map(|weight| weight.with(&mut next));
+            let rows = x.take(&token.dynamic_slice(&[&this(at)], &[c]), 0).expand_dims(0);
+            feed_forward(&rows, &gate, &up, &down, act).reshape(&[c, m])
+        };
+        if g.training() {
+            // As long as there could be blocks, passing over those that there are not: what ends earlier has no derivative.
+            let read: Vec<&Tensor> = std::iter::once(&total).chain(read).collect();
+            let (_, rows) = g.scan("expert_blocks", most, &read, &[], &[&number], |read, _, number| {
+                let inputs: Vec<&Tensor> = number.iter().chain(&read[1..]).collect();
+                let none = |_: &[Tensor]| vec![g.full(0.0, F32, &[c, m])];
+                (vec![], g.cond(&number[0].lt(&read[0]), &inputs, |v| vec![one(&v[0], &v[1..])], none))
+            });
+            joined(rows[0].reshape(&[most * c, m]))
+        } else {
+            let y = joined(g.full(0.0, F32, &[most * c, m]));
+            let block = g.scalar(0, I32);
+            let state: Vec<&Tensor> = [&block, &y, &total].into_iter().chain(read).collect();
+            let done = g.while_loop(
+                &state,
+                |v| v[0].lt(&v[2]),
+                |v| {
+                    let zero = v[0].graph().scalar(0, I32);
+                    let to = (&v[0] + (first * experts) as i64) * c as i64;
+                    let rows = one(&v[0], &v[3..]);
+                    let mut next = v.to_vec();
+                    (next[0], next[1]) = (&v[0] + 1, v[1].dynamic_update_slice(&rows, &[&to, &zero]));
+                    next
+                },
+            );
+            done.into_iter().nth(1).unwrap_or(y)
+        }
     };
     let (_, place) = order.argsort(0, false);
     y.take(&row.take(&place, 0), 0).reshape(&[n, k, m])

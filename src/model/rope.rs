@@ -21,14 +21,14 @@ pub struct Rope {
 }
 
 /// The frequencies of each slot, (B, D/2) f32 for each of the model's embeddings: constants, or arguments of the graph
-/// where they depend on the length of the text.
+/// where they depend on the length of the text and that is not known.
 #[track_caller]
-pub fn frequencies(g: &Graph, batch: usize, cfg: &ModelConfig) -> Vec<Tensor> {
+pub fn frequencies(g: &Graph, batch: usize, length: Option<usize>, cfg: &ModelConfig) -> Vec<Tensor> {
     let one = |(i, rope): (usize, &config::Rope)| {
         let half = rope.dim / 2;
-        match rope.depends_on_length() {
-            true => g.arg(&format!("rope/{i}"), DType::F32, &[batch, half]),
-            false => g.constant(&rope.inv_freq(0), &[half]).broadcast(&[batch, half], &[1]),
+        match length {
+            None if rope.depends_on_length() => g.arg(&format!("rope/{i}"), DType::F32, &[batch, half]),
+            _ => g.constant(&rope.inv_freq(length.unwrap_or(0)), &[half]).broadcast(&[batch, half], &[1]),
         }
     };
     cfg.ropes.iter().enumerate().map(one).collect()

@@ -1,11 +1,10 @@
 //! Programs that compute gradients.
 
 use xla::DType::I32;
-use xla::graph::{Graph, Module, Save, Tensor};
+use xla::graph::{Module, Save, Tensor};
 
 use super::program::Blueprint;
 use crate::Error;
-use crate::config::ModelConfig;
 use crate::kv_cache::{CacheShape, KvCache, LayerCache, Place};
 use crate::model::{self, Loss, LossOptions, Targets};
 use crate::params::{self, Llama, Weight};
@@ -25,7 +24,7 @@ pub struct GradientSpec {
 
 /// The loss of a batch: tokens and targets (B, S) i32.
 #[track_caller]
-pub fn loss_of(p: &Llama<Weight>, tokens: &Tensor, targets: &Tensor, spec: &GradientSpec, model: &Blueprint) -> Loss {
+fn loss_of(p: &Llama<Weight>, tokens: &Tensor, targets: &Tensor, spec: &GradientSpec, model: &Blueprint) -> Loss {
     let g = tokens.graph();
     let (cfg, b, s) = (&model.cfg, spec.batch, spec.tokens);
     let place = Place {
@@ -36,19 +35,11 @@ pub fn loss_of(p: &Llama<Weight>, tokens: &Tensor, targets: &Tensor, spec: &Grad
         read_len: s,
     };
     let none = KvCache { layers: cfg.layers.iter().map(|_| LayerCache { arrays: Vec::new() }).collect() };
-    let decoded = model::forward(p, tokens, &place, &frequencies(g, spec, cfg), &none, &spec.cache(model), cfg);
+    let frequencies = model::frequencies(g, b, Some(s), cfg);
+    let decoded = model::forward(p, tokens, &place, &frequencies, &none, &spec.cache(model), cfg);
     let hidden = model::final_norm(p, &decoded.hidden, cfg);
     let targets = Targets { ids: targets, tokens: None };
     Loss::new(p, &hidden, &decoded.router_logits, targets, &spec.loss, cfg)
-}
-
-/// Those of texts of this length.
-fn frequencies(g: &Graph, spec: &GradientSpec, cfg: &ModelConfig) -> Vec<Tensor> {
-    let one = |rope: &crate::config::Rope| {
-        let half = rope.dim / 2;
-        g.constant(&rope.inv_freq(spec.tokens), &[half]).broadcast(&[spec.batch, half], &[1])
-    };
-    cfg.ropes.iter().map(one).collect()
 }
 
 impl GradientSpec {

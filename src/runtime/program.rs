@@ -193,7 +193,7 @@ impl Blueprint {
     }
 
     /// An empty graph of a program over `tokens` tokens of each slot of `cache`.
-    pub(crate) fn graph(&self, name: &str, cache: &CacheShape, tokens: usize) -> Graph {
+    pub(super) fn graph(&self, name: &str, cache: &CacheShape, tokens: usize) -> Graph {
         let g = Graph::new(name);
         g.set_platform(self.platform);
         g.set_kernels(self.kernels);
@@ -254,7 +254,7 @@ pub fn build(spec: &StepSpec, model: &Blueprint) -> Result<Module, Error> {
         valid: None,
         first,
     };
-    let frequencies = model::frequencies(&g, b, cfg);
+    let frequencies = model::frequencies(&g, b, None, cfg);
     let place = Place { valid: (!spec.is_decode()).then(|| g.arg("valid", DType::I32, &[b])), ..place };
     let step = Step { spec, p: &p, tokens, place, frequencies, cache, cfg };
 

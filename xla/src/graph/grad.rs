@@ -132,13 +132,8 @@ impl<'a> Values<'a> {
             false => extra.iter().map(|aval| self.body.add(aval.clone())).collect(),
         };
         if self.open {
-            // The ids are those of the open body; this copy only counts the results.
-            let Some(last) = ids.iter().map(|id| id.index()).max() else { return ids };
-            let blank = Value { aval: Rc::new(Aval::new(DType::Pred, &[])), name: None };
-            self.body.values.resize_with(self.body.values.len().max(last + 1), || blank.clone());
-            for (&id, aval) in ids.iter().zip(extra) {
-                self.body.values[id.index()].aval = Rc::new(aval.clone());
-            }
+            let known = self.body.values.len();
+            self.body.values.extend(graph.values_from(known));
         }
         let node = &mut self.body.nodes[at];
         node.op = op;
@@ -214,9 +209,21 @@ impl Vjp<'_, '_> {
         Ok((0..self.wants.len()).map(|i| self.wants[i].then(|| rule(self, i))).collect())
     }
 
+    /// The operands whose cotangent is wanted.
+    pub(crate) fn wanted(&self) -> Vec<usize> {
+        (0..self.wants.len()).filter(|&i| self.wants[i]).collect()
+    }
+
     /// Nothing for any operand.
     pub(crate) fn nothing(&self) -> Vec<Option<Tensor>> {
         vec![None; self.wants.len()]
+    }
+
+    /// These cotangents for the operands of these numbers, nothing for the others.
+    pub(crate) fn placed(&self, operands: &[usize], cotangents: impl IntoIterator<Item = Tensor>) -> Cotangents {
+        let mut results = self.nothing();
+        operands.iter().zip(cotangents).for_each(|(&i, ct)| results[i] = Some(ct));
+        Ok(results)
     }
 
     /// Puts another op in this one's place, which gives further results after its own; their numbers follow on.
@@ -229,14 +236,13 @@ impl Vjp<'_, '_> {
     /// The cotangents of the wanted operands, where this op computes what `body` does of them: the forward values are
     /// computed once more, as far as they are read.
     pub(crate) fn through(&mut self, body: &Body) -> Cotangents {
-        let seeds: Vec<(ValueId, Tensor)> =
-            self.with_cotangents().into_iter().map(|i| (body.results[i], self.cotangent(i))).collect();
-        let wrt: Vec<ValueId> = (0..self.wants.len()).filter(|&i| self.wants[i]).map(|i| body.args[i]).collect();
-        let (graph, wants) = (self.graph.clone(), self.wants.clone());
-        let mut args = |i: usize| self.input(i);
-        let mut values = Values::new(body.clone(), false, &Save::Nothing, Some(&mut args));
-        let mut found = reverse(&graph, &mut values, seeds, &wrt).into_iter();
-        Ok(wants.into_iter().map(|wanted| if wanted { found.next().flatten() } else { None }).collect())
+        let (given, wanted) = (self.with_cotangents(), self.wanted());
+        let cotangents: Vec<Tensor> = given.iter().map(|&i| self.cotangent(i)).collect();
+        let graph = self.graph;
+        let found = pulled(graph, body, &mut |i| self.input(i), &given, &cotangents, &wanted);
+        let mut results = self.nothing();
+        wanted.iter().zip(found).for_each(|(&i, ct)| results[i] = ct);
+        Ok(results)
     }
 }
 
@@ -300,6 +306,22 @@ fn reverse(
         }
     }
     wrt.iter().map(|id| cotangents.get(id).cloned()).collect()
+}
+
+/// The cotangents of the arguments `wanted` of a body, given those of its results `given`: forward values are computed once
+/// more from the arguments, as far as they are read. `None` where nothing flows.
+fn pulled(
+    graph: &Graph,
+    body: &Body,
+    args: &mut Args<'_>,
+    given: &[usize],
+    cotangents: &[Tensor],
+    wanted: &[usize],
+) -> Vec<Option<Tensor>> {
+    let seeds = given.iter().map(|&i| body.results[i]).zip(cotangents.iter().cloned()).collect();
+    let wrt: Vec<ValueId> = wanted.iter().map(|&i| body.args[i]).collect();
+    let mut values = Values::new(body.clone(), false, &Save::Nothing, Some(args));
+    reverse(graph, &mut values, seeds, &wrt)
 }
 
 /// Where the derivative of a node stands: `gradient/` and the node's own scopes.
@@ -396,8 +418,7 @@ impl Graph {
         Halves { forward, backward, kept, reached }
     }
 
-    /// The cotangents of the arguments `wanted` of a body, whose arguments are given, as are the cotangents of the results
-    /// `given`: forward values are computed once more, as far as they are read. Zeros where nothing flows.
+    /// [`pulled`] of a body whose arguments are given; zeros where nothing flows.
     pub(crate) fn pulled_back(
         &self,
         body: &Body,
@@ -406,13 +427,9 @@ impl Graph {
         cotangents: &[Tensor],
         wanted: &[usize],
     ) -> Vec<Tensor> {
-        let seeds = given.iter().map(|&i| body.results[i]).zip(cotangents.iter().cloned()).collect();
-        let wrt: Vec<ValueId> = wanted.iter().map(|&i| body.args[i]).collect();
-        let mut get = |i: usize| args[i].clone();
-        let mut values = Values::new(body.clone(), false, &Save::Nothing, Some(&mut get));
-        let found = reverse(self, &mut values, seeds, &wrt);
-        let found = found.into_iter().zip(&wrt);
-        found.map(|(ct, &id)| ct.unwrap_or_else(|| zeros(self, body.aval(id)))).collect()
+        let found = pulled(self, body, &mut |i| args[i].clone(), given, cotangents, wanted);
+        let or_zeros = |(ct, &i): (Option<Tensor>, &usize)| ct.unwrap_or_else(|| zeros(self, args[i].aval()));
+        found.into_iter().zip(wanted).map(or_zeros).collect()
     }
 
     /// The gradients of a scalar with respect to tensors of the same body: ∂`loss`/∂w for each w, of w's type and shape. A w

@@ -9,7 +9,7 @@ use super::aval::Aval;
 use super::emit::{symbol, unique};
 use super::error::GraphError;
 use super::grad::{Cut, HalvesKey, Save};
-use super::module::{Arg, Body, Function, Module, Node, Output, ValueId};
+use super::module::{Arg, Body, Function, Module, Node, Output, Value, ValueId};
 use super::ops::dot::Precision;
 use super::ops::{Call, Op};
 use super::sharding::{Mesh, Rules, Sharding};
@@ -538,6 +538,11 @@ impl Graph {
         let (aval, frame) = (frame.body.values[id.index()].aval.clone(), frame.id);
         drop(state);
         Tensor { graph: self.clone(), frame, id, aval }
+    }
+
+    /// The values of the open body from this number on.
+    pub(crate) fn values_from(&self, first: usize) -> Vec<Value> {
+        self.0.borrow_mut().frame().body.values[first..].to_vec()
     }
 
     /// One more argument of the open body, which is that of a function.

@@ -1,5 +1,6 @@
 //! The finished graph: functions of nodes, as plain data that can be walked and replayed.
 
+use std::collections::BTreeSet;
 use std::panic::Location;
 use std::rc::Rc;
 
@@ -73,6 +74,12 @@ impl Body {
     /// Element type and shape of a value of this body.
     pub fn aval(&self, id: ValueId) -> &Aval {
         &self.values[id.index()].aval
+    }
+
+    /// The names of its ops, those inside of functions, loops and branches included.
+    pub fn op_names(&self) -> BTreeSet<&'static str> {
+        let inside = |node: &Node| node.op.regions().into_iter().flat_map(Body::op_names).collect::<Vec<_>>();
+        self.nodes.iter().flat_map(|node| inside(node).into_iter().chain([node.op.info().name])).collect()
     }
 
     /// Element types and shapes of these values.

@@ -57,7 +57,7 @@ impl Op for Call {
     /// A call of the function's backward half, with what its forward half keeps.
     fn vjp(&self, cx: &mut Vjp<'_, '_>) -> Cotangents {
         let location = Location::caller();
-        let wanted: Vec<usize> = (0..cx.operand_count()).filter(|&i| cx.wants(i)).collect();
+        let wanted = cx.wanted();
         let given = cx.with_cotangents();
         let key = (Rc::as_ptr(&self.function), wanted.clone(), given.clone(), self.save.clone());
         let cut = cx.graph().cut_once(key, || {
@@ -83,9 +83,7 @@ impl Op for Call {
             .collect();
         let call = Call { function: cut.backward.clone(), save: Save::Everything };
         let found = cx.graph().apply(call, &cotangents.iter().chain(&kept).collect::<Vec<_>>());
-        let mut results = cx.nothing();
-        cut.reached.iter().zip(found).for_each(|(&i, ct)| results[i] = Some(ct));
-        Ok(results)
+        cx.placed(&cut.reached, found)
     }
 
     fn regions(&self) -> Vec<&Body> {
@@ -191,7 +189,7 @@ impl Op for Case {
         let location = Location::caller();
         let graph = cx.graph().clone();
         let given = cx.with_cotangents();
-        let wanted: Vec<usize> = (1..cx.operand_count()).filter(|&i| cx.wants(i)).collect();
+        let wanted = cx.wanted();
         let cotangents: Vec<Tensor> = given.iter().map(|&i| cx.cotangent(i)).collect();
         let operands: Vec<Tensor> = (1..cx.operand_count()).map(|i| cx.input(i)).collect();
         let inputs: Vec<&Tensor> = cotangents.iter().chain(&operands).collect();
@@ -206,9 +204,7 @@ impl Op for Case {
         let index = cx.input(0);
         let inputs: Vec<&Tensor> = std::iter::once(&index).chain(inputs).collect();
         let found = graph.apply(Case { branches }, &inputs);
-        let mut results = cx.nothing();
-        wanted.iter().zip(found).for_each(|(&i, ct)| results[i] = Some(ct));
-        Ok(results)
+        cx.placed(&wanted, found)
     }
 
     fn regions(&self) -> Vec<&Body> {

@@ -76,7 +76,7 @@ impl Op for ManualComputation {
         let location = Location::caller();
         let graph = cx.graph().clone();
         let given = cx.with_cotangents();
-        let wanted: Vec<usize> = (0..cx.operand_count()).filter(|&i| cx.wants(i)).collect();
+        let wanted = cx.wanted();
         let cotangents: Vec<Tensor> = given.iter().map(|&i| cx.cotangent(i)).collect();
         let operands: Vec<Tensor> = (0..cx.operand_count()).map(|i| cx.input(i)).collect();
         let pieces = |sharding: &Sharding, whole: &Tensor| {
@@ -107,9 +107,7 @@ impl Op for ManualComputation {
         let outputs = wanted.iter().map(|&i| self.inputs[i].clone()).collect();
         let op = ManualComputation { mesh: self.mesh.clone(), inputs, outputs, body };
         let found = graph.apply(op, &cotangents.iter().chain(&operands).collect::<Vec<_>>());
-        let mut results = cx.nothing();
-        wanted.iter().zip(found).for_each(|(&i, ct)| results[i] = Some(ct));
-        Ok(results)
+        cx.placed(&wanted, found)
     }
 }
 

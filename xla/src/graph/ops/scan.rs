@@ -149,10 +149,8 @@ impl Op for Scan {
             let args: Vec<Tensor> = back.iter().chain(of_stacks).cloned().chain(kept).collect();
             let found = graph.replay(backward, &args, &mut |_, _| None);
             let of = |i: usize| reached.iter().position(|&at| at == i).map(|at| found[at].clone());
-            let back = carries
-                .iter()
-                .zip(back)
-                .map(|(&i, ct)| of(constants + i).unwrap_or_else(|| graph.full(0i64, ct.dtype(), ct.shape())));
+            let back =
+                carries.iter().zip(back).map(|(&i, ct)| of(constants + i).unwrap_or_else(|| zeros(&graph, ct.aval())));
             let totals = sums.iter().zip(totals).map(|(&i, total)| of(i).map_or(total.clone(), |ct| total + ct));
             let ys = reached.iter().filter(|&&i| i >= constants + carried).filter_map(|&i| of(i)).collect();
             (back.chain(totals).collect(), ys)
@@ -166,17 +164,9 @@ impl Op for Scan {
             &Save::Everything,
             build,
         );
-        let mut results = cx.nothing();
-        for (&i, ct) in carries.iter().zip(&finals) {
-            results[constants + i] = Some(ct.clone());
-        }
-        for (&i, ct) in sums.iter().zip(&finals[carries.len()..]) {
-            results[i] = Some(ct.clone());
-        }
-        for (&i, ct) in reached.iter().filter(|&&i| i >= constants + carried).zip(&ys) {
-            results[i] = Some(ct.clone());
-        }
-        Ok(results)
+        let stacked = reached.iter().copied().filter(|&i| i >= constants + carried);
+        let operands: Vec<usize> = carries.iter().map(|i| constants + i).chain(sums).chain(stacked).collect();
+        cx.placed(&operands, finals.into_iter().chain(ys))
     }
 }
 
