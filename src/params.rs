@@ -1,7 +1,7 @@
 //! The parameter tree in the graph. The tree itself, with the one list of names, axes and shardings, is declared in
 //! [`converter::layout`].
 
-pub use converter::layout::{Attention, DecoderBlock, FeedForward, Llama, Mlp, Moe, Param};
+pub use converter::layout::{Attention, DecoderBlock, FeedForward, Llama, Lora, Mlp, Moe, Param};
 use xla::DType;
 use xla::graph::{ArgAttrs, Graph, Tensor};
 
@@ -11,29 +11,36 @@ mod weight;
 
 pub use devices::{DeviceArray, Devices};
 pub use grouped::Grouped;
-pub use weight::{Packed, Weight};
+pub use weight::{Packed, Split, Weight};
 
 use crate::Error;
 use crate::config::ModelConfig;
 use crate::sharding::MeshShape;
 
-/// Declares every parameter as an argument of the graph, in tree order, and gives them as the model reads them: what
-/// `fsdp` splits is whole again, one gather for each parameter of each layer.
+/// Declares every parameter as an argument of the graph, in tree order, and gives them as the model reads them.
 pub fn declare_args(g: &Graph, params: &Llama<Param>, devices: Devices) -> Llama<Weight> {
-    let arg = |array: DeviceArray| -> Tensor {
-        let DeviceArray { name, dtype, shape, logical } = array;
-        let whole = g.arg_with(&name, dtype, &shape, ArgAttrs { sharding: (!logical.is_empty()).then_some(&logical) });
-        match g.devices_along("fsdp") {
-            1 => whole,
-            _ => {
-                let gathered = |axis: &&'static str| if *axis == "embed" { "hidden" } else { *axis };
-                whole.shard(logical.iter().map(gathered).collect::<Vec<_>>())
-            }
-        }
-    };
-    let weight = |p: &Param| {
-        let mut arrays: Vec<Tensor> = devices.arrays(p).into_iter().map(arg).collect();
-        match (p.packing, p.contraction(), p.group_axis()) {
+    weights(g, params, devices, &mut |array| declare(g, array, array.dtype))
+}
+
+/// Declares an array of a parameter, in a type that may be another than its own.
+pub fn declare(g: &Graph, array: &DeviceArray, dtype: DType) -> Tensor {
+    let sharding = (!array.logical.is_empty()).then_some(&array.logical[..]);
+    g.arg_with(&array.name, dtype, &array.shape, ArgAttrs { sharding })
+}
+
+/// The parameters as the model reads them, of what `tensor` gives for each of their arrays, in tree order: cast to the array's
+/// type. What `fsdp` splits of a block is whole again where the block is computed, one gather for each parameter.
+pub fn weights(
+    g: &Graph,
+    params: &Llama<Param>,
+    devices: Devices,
+    tensor: &mut impl FnMut(&DeviceArray) -> Tensor,
+) -> Llama<Weight> {
+    let split = g.devices_along("fsdp") > 1;
+    let mut weight = |p: &Param| {
+        let declared = devices.arrays(p);
+        let mut arrays: Vec<Tensor> = declared.iter().map(|array| tensor(array).cast(array.dtype)).collect();
+        let weight = match (p.packing, p.contraction(), p.group_axis()) {
             (Some(packing), Some(of), _) if devices.in_blocks() => Weight::Packed(Packed {
                 format: packing.format,
                 shape: p.shape.clone(),
@@ -47,9 +54,21 @@ pub fn declare_args(g: &Graph, params: &Llama<Param>, devices: Devices) -> Llama
                 Weight::Grouped(Grouped { shape, axis, group, dtype: devices.dtype, arrays })
             }
             _ => Weight::Float(arrays.remove(0)),
+        };
+        let gathered = |axis: &&'static str| if *axis == "embed" { "hidden" } else { *axis };
+        let axes = |array: &DeviceArray| [array.logical.clone(), array.logical.iter().map(gathered).collect()];
+        match split {
+            true => Weight::Split(Split { weight: Box::new(weight), axes: declared.iter().map(axes).collect() }),
+            false => weight,
         }
     };
-    params.as_ref().map(&mut |p| weight(p))
+    let tree = params.as_ref().map(&mut |p| weight(p));
+    Llama {
+        embedding: tree.embedding.whole(),
+        final_norm: tree.final_norm.whole(),
+        lm_head: tree.lm_head.map(|head| head.whole()),
+        ..tree
+    }
 }
 
 /// The parameters with the shapes that they have on a mesh: key/value heads repeated where there are more devices, the

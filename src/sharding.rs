@@ -61,7 +61,7 @@ impl MeshShape {
     /// | heads, kv_heads, mlp, vocab | parameters, activations, cache, logits | model |
     /// | experts | parameters | expert |
     /// | embed | parameters | fsdp |
-    /// | hidden, head_dim, positions, pages | the rest | none |
+    /// | hidden, head_dim, rank, positions, pages | the rest | none |
     pub fn rules(&self, cache: &CacheShape, tokens: usize) -> Rules {
         let mut split_batch = Vec::new();
         let mut ways = 1;
@@ -89,6 +89,7 @@ impl MeshShape {
             ("embed", &["fsdp"]),
             ("hidden", &[]),
             ("head_dim", &[]),
+            ("rank", &[]),
             ("positions", &[]),
             ("pages", &[]),
         ])

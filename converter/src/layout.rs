@@ -3,14 +3,14 @@
 //! A leaf is a declaration ([`Param`]), a host array, a graph tensor or a device buffer; the tree is the same, so there
 //! is no second list of parameter names anywhere. [`Llama::declare`] has one line per parameter, with its Hugging Face
 //! name and an einsum-like pattern from Hugging Face's shape to ours. Letters: V vocabulary, M d_model, H query heads,
-//! G key/value heads, K head_dim, F d_ff, E experts; a group in brackets is one axis of the stored tensor, and `E:`
+//! G key/value heads, K head_dim, F d_ff, E experts, L rank of an adapter; a group in brackets is one axis of the stored tensor, and `E:`
 //! before a pattern says that there is such a tensor for each expert.
 //!
 //! Query head h reads key/value head h / (H / G): H splits as (G, R), in that order.
 
 use std::collections::HashMap;
 
-use crate::config::{AttentionConfig, LayerConfig, ModelConfig, MoeConfig, QkNorm};
+use crate::config::{AttentionConfig, LayerConfig, LoraProjection, ModelConfig, MoeConfig, QkNorm};
 use crate::{DType, Packing};
 
 /// All parameters of a Llama.
@@ -75,6 +75,25 @@ pub struct Attention<T> {
     pub q_norm: Option<T>,
     /// RMSNorm of keys, (K) or over all heads (G, K).
     pub k_norm: Option<T>,
+    /// Adapter of `q_proj`: (M, L), (L, H, K).
+    pub q_lora: Option<Lora<T>>,
+    /// Adapter of `k_proj`: (M, L), (L, G, K).
+    pub k_lora: Option<Lora<T>>,
+    /// Adapter of `v_proj`: (M, L), (L, G, K).
+    pub v_lora: Option<Lora<T>>,
+    /// Adapter of `out_proj`: (H, K, L), (L, M).
+    pub out_lora: Option<Lora<T>>,
+}
+
+/// A low-rank adapter of a projection W: W + (alpha / rank) · a·b in its place (Hu et al. 2021, section 4.1).
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Lora<T> {
+    /// From the projection's input to rank L.
+    pub a: T,
+    /// From rank L to the projection's output.
+    pub b: T,
+    /// The state of the generator, u64 (2), that drops parts of the input; only where a graph trains.
+    pub dropout: Option<T>,
 }
 
 /// The gated feed-forward.
@@ -92,6 +111,12 @@ pub struct Mlp<T> {
     pub up_bias: Option<T>,
     /// (M).
     pub down_bias: Option<T>,
+    /// Adapter of `gate_proj`: (M, L), (L, F).
+    pub gate_lora: Option<Lora<T>>,
+    /// Adapter of `up_proj`: (M, L), (L, F).
+    pub up_lora: Option<Lora<T>>,
+    /// Adapter of `down_proj`: (F, L), (L, M).
+    pub down_lora: Option<Lora<T>>,
 }
 
 /// A mixture of experts.
@@ -211,8 +236,23 @@ tree!(Attention {
     out_bias: maybe,
     q_norm: maybe,
     k_norm: maybe,
+    q_lora: maybe_node,
+    k_lora: maybe_node,
+    v_lora: maybe_node,
+    out_lora: maybe_node,
 });
-tree!(Mlp { gate_proj: one, up_proj: one, down_proj: one, gate_bias: maybe, up_bias: maybe, down_bias: maybe });
+tree!(Lora { a: one, b: one, dropout: maybe });
+tree!(Mlp {
+    gate_proj: one,
+    up_proj: one,
+    down_proj: one,
+    gate_bias: maybe,
+    up_bias: maybe,
+    down_bias: maybe,
+    gate_lora: maybe_node,
+    up_lora: maybe_node,
+    down_lora: maybe_node,
+});
 tree!(Moe {
     router: one,
     correction_bias: maybe,
@@ -347,6 +387,25 @@ impl Llama<Param> {
         }
     }
 
+    /// The same parameters with the adapters that `cfg.lora` asks for: of attention, of dense feed-forwards, and of experts that
+    /// every token takes, but not of those that a router chooses. Their names there are those of the package peft.
+    pub fn with_adapters(mut self, cfg: &ModelConfig) -> Llama<Param> {
+        for (i, layer) in self.layers.iter_mut().enumerate() {
+            let there = format!("base_model.model.model.layers.{i}.");
+            let block = Scope { cfg, here: format!("layers.{i}."), there, d_ff: cfg.d_ff };
+            layer.attention.add_adapters(&block.at("attention.", "self_attn.", cfg.d_ff));
+            match (&mut layer.feed_forward, &cfg.moe) {
+                (FeedForward::Dense(mlp), _) => mlp.add_adapters(&block.at("mlp.", "mlp.", cfg.d_ff)),
+                (FeedForward::Experts(Moe { shared: Some(mlp), .. }), Some(MoeConfig { shared: Some(shared), .. })) => {
+                    let there = format!("{}.{}.", cfg.names.moe, cfg.names.shared_expert);
+                    mlp.add_adapters(&block.at("moe.shared.", &there, shared.d_ff));
+                }
+                _ => {}
+            }
+        }
+        self
+    }
+
     /// The tensors of a Hugging Face checkpoint of this model, in declaration order.
     pub fn hf_tensors(&self) -> Vec<HfTensor> {
         let mut tensors: Vec<HfTensor> = Vec::new();
@@ -415,7 +474,18 @@ impl Attention<Param> {
             out_bias: bias(out_bias, "out_bias", "o_proj.bias", "M->M"),
             q_norm: norm("q_norm", "q_norm.weight", "(HK)->HK"),
             k_norm: norm("k_norm", "k_norm.weight", "(GK)->GK"),
+            q_lora: None,
+            k_lora: None,
+            v_lora: None,
+            out_lora: None,
         }
+    }
+
+    fn add_adapters(&mut self, s: &Scope<'_>) {
+        self.q_lora = s.adapter(LoraProjection::Q, ["LM->ML", "(HK)L->LHK"]);
+        self.k_lora = s.adapter(LoraProjection::K, ["LM->ML", "(GK)L->LGK"]);
+        self.v_lora = s.adapter(LoraProjection::V, ["LM->ML", "(GK)L->LGK"]);
+        self.out_lora = s.adapter(LoraProjection::Out, ["L(HK)->HKL", "ML->LM"]);
     }
 }
 
@@ -435,7 +505,16 @@ impl Mlp<Param> {
             gate_bias: bias("gate_bias", "gate_proj.bias", "F->F"),
             up_bias: bias("up_bias", "up_proj.bias", "F->F"),
             down_bias: bias("down_bias", "down_proj.bias", "M->M"),
+            gate_lora: None,
+            up_lora: None,
+            down_lora: None,
         }
+    }
+
+    fn add_adapters(&mut self, s: &Scope<'_>) {
+        self.gate_lora = s.adapter(LoraProjection::Gate, ["LM->ML", "FL->LF"]);
+        self.up_lora = s.adapter(LoraProjection::Up, ["LM->ML", "FL->LF"]);
+        self.down_lora = s.adapter(LoraProjection::Down, ["LF->FL", "ML->LM"]);
     }
 }
 
@@ -521,6 +600,18 @@ impl Scope<'_> {
         }
     }
 
+    /// The adapter of a projection, if the configuration has one: the patterns of a and b.
+    fn adapter(&self, projection: LoraProjection, [a, b]: [&'static str; 2]) -> Option<Lora<Param>> {
+        let here = projection.here();
+        self.cfg.lora.as_ref().filter(|lora| lora.projections.contains(&projection)).map(|_| {
+            let param = |leaf: &str, there: &str, pattern| Param {
+                dtype: DType::F32,
+                ..self.param(&format!("{here}_lora.{leaf}"), &format!("{}.{there}.weight", projection.name()), pattern)
+            };
+            Lora { a: param("a", "lora_A", a), b: param("b", "lora_B", b), dropout: None }
+        })
+    }
+
     /// Parameters whose rows follow each other in one tensor.
     fn fused<const N: usize>(&self, there: &str, parts: [(&str, &'static str); N]) -> [Param; N] {
         let mut params = parts.map(|(here, pattern)| self.param(here, there, pattern));
@@ -556,13 +647,19 @@ impl Param {
     }
 
     /// The product that it is contracted in, where it may be packed for that: every matrix but a router, whose scores
-    /// choose, and a gate with one output. Hugging Face's form has the outputs as rows and the terms as columns.
+    /// choose, a gate with one output, and an adapter. Hugging Face's form has the outputs as rows and the terms as columns.
     pub fn contraction(&self) -> Option<Contraction> {
         let per_expert = self.pattern.starts_with("E:");
         let stored = self.stored();
-        let matrix = stored_axes(stored).len() == 2 && !stored.starts_with(['1', 'E']) && !self.precise;
+        let left = self.precise || self.is_adapter();
+        let matrix = stored_axes(stored).len() == 2 && !stored.starts_with(['1', 'E']) && !left;
         let piece = self.pieces.first().filter(|_| matrix)?;
         Some(Contraction { experts: per_expert.then_some(self.pieces.len()), k: piece.columns(), n: piece.rows })
+    }
+
+    /// Whether it belongs to a [`Lora`].
+    pub fn is_adapter(&self) -> bool {
+        self.axes.contains('L')
     }
 
     /// The last axis that is contracted, along which the terms of a group of a packed parameter follow each other.

@@ -8,8 +8,8 @@ use serde_json::json;
 use xla::graph::Platform;
 use xla::wheel::PluginKind;
 use xllama::Error;
-use xllama::compile::{self, ExecutableFile, Job, Machine, Report, Row, Step, Target, presets};
-use xllama::config::ModelConfig;
+use xllama::compile::{self, ExecutableFile, Job, Keep, Machine, Report, Row, Step, Target, presets};
+use xllama::config::{LoraConfig, LoraProjection, ModelConfig};
 use xllama::params::{Llama, Param};
 use xllama::precision::Precision;
 use xllama::runtime::{cache_len, device};
@@ -26,6 +26,7 @@ use super::{Context, table};
 #[command(after_help = "Examples:
   xllama compile --target v5e:2x4 --model llama-2-7b --program decode --batch 8 --max-seq 2048
   xllama compile --target h200 --model llama-3.1-8b --program prefill --prompt-tokens 2048 --json
+  xllama compile --target v5e:4x4 --model llama-2-7b --program train --mesh fsdp=16 --prompt-tokens 2048
   xllama compile --target v6e:2x4 --model llama-3.1-8b --sweep --sweep-batch 1,8,64
   xllama compile --target cpu --model smollm2-135m --batch 4 -o decode.program
 
@@ -50,13 +51,13 @@ pub struct Args {
     /// How to split the model: data, fsdp, expert, sequence and model, such as model=4,data=2 [default: model as far as it goes].
     #[arg(long, value_name = "AXES")]
     mesh: Option<MeshShape>,
-    /// Batch slots over all devices.
-    #[arg(long, value_name = "B", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..))]
-    batch: u16,
+    /// Batch slots, or texts of a training step, over all devices [default: 1; of training one for each part of the mesh].
+    #[arg(long, value_name = "B", value_parser = clap::value_parser!(u16).range(1..))]
+    batch: Option<u16>,
     /// Positions of the cache [default: 2048, up to the model's own, and at least the prompt].
     #[arg(long, value_name = "N")]
     max_seq: Option<usize>,
-    /// Tokens of one prefill.
+    /// Tokens of one prefill, or of each text of a training step.
     #[arg(long, value_name = "N", default_value_t = 512, value_parser = clap::value_parser!(u32).range(1..))]
     prompt_tokens: u32,
     /// Type of parameters and products: f32, bf16 or f16, or int8 or int4 for packed matrices [default: f32 on a CPU, else the
@@ -65,6 +66,8 @@ pub struct Args {
     dtype: Option<converter::Precision>,
     #[command(flatten)]
     cache: CacheArgs,
+    #[command(flatten)]
+    train: TrainArgs,
     /// The plugin that compiles: the path of a file [default: XLLAMA_DEVICE if it fits the target, else the installed one].
     #[arg(long, value_name = "PATH")]
     device: Option<PathBuf>,
@@ -89,10 +92,36 @@ pub struct Args {
     sweep_batch: Vec<u16>,
 }
 
-#[derive(Clone, Copy, ValueEnum)]
+#[derive(Clone, Copy, PartialEq, ValueEnum)]
 enum Which {
     Prefill,
     Decode,
+    Train,
+}
+
+/// What a training step is, beside its size: AdamW over f32 masters and state.
+#[derive(clap::Args)]
+#[command(next_help_heading = "Training (--program train)")]
+struct TrainArgs {
+    /// What a block keeps for its gradient; the rest is computed once more.
+    #[arg(long, value_enum, default_value_t = SaveArg::Dots)]
+    save: SaveArg,
+    /// Run the batch in N parts, one after another, and sum their gradients.
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..))]
+    microbatches: u16,
+    /// Train adapters of this rank beside all projections, and leave the parameters as they are.
+    #[arg(long, value_name = "R", value_parser = clap::value_parser!(u16).range(1..))]
+    lora_rank: Option<u16>,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum SaveArg {
+    /// All that the gradient reads.
+    Everything,
+    /// The results of products.
+    Dots,
+    /// Nothing but what goes into the block.
+    Nothing,
 }
 
 impl Args {
@@ -103,12 +132,17 @@ impl Args {
         let step = match self.program {
             Which::Prefill => Step::Prefill { tokens: self.prompt_tokens as usize },
             Which::Decode => Step::Decode,
+            Which::Train => self.train.step(self.prompt_tokens as usize),
         };
         let len = self.len(&cfg, step)?;
         if let Some(devices) = target.devices() {
             compile::mesh_for(self.mesh, &target, devices, &cfg)?;
         } else if let Some(mesh) = self.mesh {
             mesh.check(&cfg)?;
+        }
+        if self.out.is_some() && self.program == Which::Train {
+            let what = "writes programs that `xllama generate` runs, and a training step is none; leave it away".into();
+            return Err(Error::Option { name: "out".into(), what }.into());
         }
         let out = self.out.as_deref().map(Output::new).transpose()?;
 
@@ -119,7 +153,9 @@ impl Args {
         let precision = Precision::of(self.dtype, default_dtype(&machine.platform, &cfg));
         let mesh = compile::mesh_for(self.mesh, &target, machine.devices, &cfg)?;
         let partitioner = self.partitioner.into();
-        let (cache, batch) = (self.cache.options(), self.batch.into());
+        let parts = if self.program == Which::Train { mesh.data * mesh.fsdp * mesh.expert } else { 1 };
+        let parts = parts * usize::from(self.train.microbatches);
+        let (cache, batch) = (self.cache.options(), self.batch.map_or(parts, usize::from));
         let (model, cfg, params) = (self.model.as_str(), &cfg, &params);
         let platform = Platform::named(&machine.platform);
         let kernels = machine.kernels();
@@ -163,7 +199,16 @@ impl Args {
             }
         };
         let cfg = self.layers.map_or(Ok(cfg.clone()), |layers| compile::cut(&cfg, layers))?;
-        let params = Llama::declare(&cfg);
+        let lora = self.train.lora_rank.filter(|_| self.program == Which::Train);
+        let lora = lora.map(|rank| LoraConfig {
+            rank: rank.into(),
+            alpha: f64::from(rank),
+            dropout: 0.0,
+            projections: LoraProjection::ALL.to_vec(),
+        });
+        let mut cfg = cfg;
+        cfg.lora = lora;
+        let params = Llama::declare(&cfg).with_adapters(&cfg);
         Ok((cfg, params))
     }
 
@@ -217,6 +262,17 @@ impl Args {
         });
         context.print(&json, || print_rows(&rows, machine));
         Ok(ExitCode::SUCCESS)
+    }
+}
+
+impl TrainArgs {
+    fn step(&self, tokens: usize) -> Step {
+        let keep = match self.save {
+            SaveArg::Everything => Keep::Everything,
+            SaveArg::Dots => Keep::Dots,
+            SaveArg::Nothing => Keep::Nothing,
+        };
+        Step::Train { tokens, microbatches: self.microbatches.into(), keep }
     }
 }
 
@@ -285,16 +341,17 @@ fn seconds(s: f64) -> String {
 fn print(job: &Job<'_>, machine: &Machine, report: &Report, json: &serde_json::Value) {
     let cache = report.cache;
     let count = |n: usize, what: &str| format!("{n} {what}{}", if n == 1 { "" } else { "s" });
-    println!(
-        "{} {}, {} of {}, cache of {} positions, {} (cache {})",
-        job.model,
-        job.step.name(),
-        count(job.step.tokens(), "token"),
-        count(job.batch, "slot"),
-        cache.len,
-        job.precision.name(),
-        cache.dtype.name(),
-    );
+    let (model, step, tokens) = (job.model, job.step.name(), count(job.step.tokens(), "token"));
+    let dtype = job.precision.name();
+    match job.step {
+        Step::Train { .. } => println!("{model} {step}, {tokens} of {}, {dtype}", count(job.batch, "text")),
+        Step::Prefill { .. } | Step::Decode => println!(
+            "{model} {step}, {tokens} of {}, cache of {} positions, {dtype} (cache {})",
+            count(job.batch, "slot"),
+            cache.len,
+            cache.dtype.name(),
+        ),
+    }
     println!(
         "{}: {} ({}), {}; mesh {}; {} {:.1} s\n",
         machine.target(),
@@ -311,7 +368,12 @@ fn print(job: &Job<'_>, machine: &Machine, report: &Report, json: &serde_json::V
         [
             "arguments",
             &bytes(m.arguments),
-            &format!("weights {}, cache {}", bytes(report.sizes.weights), bytes(report.sizes.cache)),
+            &match job.step {
+                Step::Train { .. } => {
+                    format!("weights {}, state {}", bytes(report.sizes.weights), bytes(report.sizes.state))
+                }
+                _ => format!("weights {}, cache {}", bytes(report.sizes.weights), bytes(report.sizes.cache)),
+            },
         ],
         ["outputs", &bytes(m.outputs), ""],
         ["aliased", &bytes(m.aliased), "outputs in the place of arguments"],
@@ -379,9 +441,14 @@ fn print(job: &Job<'_>, machine: &Machine, report: &Report, json: &serde_json::V
             row("cycles or roofline".into(), estimate);
         }
         println!();
-        let header =
-            ["at least, a step", "", if job.step == Step::Decode { "tok/s" } else { "prompt tok/s" }, "of a chip"];
-        table::print(&header, &rows, &[1, 2, 3]);
+        let rate = match job.step {
+            Step::Prefill { .. } => "prompt tok/s",
+            Step::Decode | Step::Train { .. } => "tok/s",
+        };
+        table::print(&["at least, a step", "", rate, "of a chip"], &rows, &[1, 2, 3]);
+        if let (Step::Train { .. }, Some(part)) = (job.step, report.utilization()) {
+            println!("\nutilization: at most {:.0} % of the peak for the model's own products", 100.0 * part);
+        }
     }
     if let Some(shortage) = &report.shortage {
         println!("\nthe compiler: {shortage}");

@@ -124,7 +124,7 @@ impl ExecutableFile {
     ) -> Result<ExecutableFile, Error> {
         let program = program_hash(&prepared.text, &prepared.options);
         let identity = Identity::new(machine.plugin(), &machine.version, machine.described(), program);
-        let spec = &prepared.spec;
+        let cache = &prepared.cache;
         let header = json!({
             "format": FORMAT,
             "xllama": env!("CARGO_PKG_VERSION"),
@@ -136,12 +136,12 @@ impl ExecutableFile {
             "model": job.model,
             "config": job.cfg.raw,
             "step": job.step.name(),
-            "tokens": spec.tokens,
-            "batch": spec.cache.batch,
-            "max_seq": spec.cache.len,
+            "tokens": job.step.tokens(),
+            "batch": cache.batch,
+            "max_seq": cache.len,
             "mesh": job.mesh.to_string(),
             "dtype": job.precision.name(),
-            "cache_dtype": spec.cache.dtype.name(),
+            "cache_dtype": cache.dtype.name(),
         });
         Ok(ExecutableFile { path: path.to_path_buf(), header, identity, body: compiled.serialize()? })
     }

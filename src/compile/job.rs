@@ -2,15 +2,17 @@
 
 use std::collections::HashMap;
 
-use xla::graph::{Emission, Module, Platform};
+use xla::graph::{Emission, Module, Platform, Save};
 use xla::pjrt::CompileOptions;
 
 use super::target::Target;
 use crate::Error;
 use crate::config::ModelConfig;
+use crate::kv_cache::CacheShape;
+use crate::model::LossOptions;
 use crate::params::{Llama, Param};
 use crate::precision::Precision;
-use crate::runtime::{Blueprint, CacheOptions, StepSpec, build};
+use crate::runtime::{Blueprint, CacheOptions, GradientSpec, StepSpec, TrainSpec, build, build_train};
 use crate::sharding::MeshShape;
 
 /// Which step of a model.
@@ -23,21 +25,52 @@ pub enum Step {
     },
     /// One token of each slot, on a cache that is full.
     Decode,
+    /// A step of training over texts of so many tokens, as [`TrainSpec::new`] has it.
+    Train {
+        /// S.
+        tokens: usize,
+        /// In how many parts the batch is run (A).
+        microbatches: usize,
+        /// What blocks keep for the gradient.
+        keep: Keep,
+    },
+}
+
+/// What a block keeps for its gradient; the rest is computed once more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Keep {
+    /// All that the gradient reads.
+    Everything,
+    /// The results of products.
+    Dots,
+    /// Nothing.
+    Nothing,
+}
+
+impl From<Keep> for Save {
+    fn from(keep: Keep) -> Save {
+        match keep {
+            Keep::Everything => Save::Everything,
+            Keep::Dots => Save::Dots,
+            Keep::Nothing => Save::Nothing,
+        }
+    }
 }
 
 impl Step {
-    /// `prefill` or `decode`.
+    /// `prefill`, `decode` or `train`.
     pub fn name(self) -> &'static str {
         match self {
             Step::Prefill { .. } => "prefill",
             Step::Decode => "decode",
+            Step::Train { .. } => "train",
         }
     }
 
     /// S: tokens of each slot in one run.
     pub fn tokens(self) -> usize {
         match self {
-            Step::Prefill { tokens } => tokens,
+            Step::Prefill { tokens } | Step::Train { tokens, .. } => tokens,
             Step::Decode => 1,
         }
     }
@@ -56,9 +89,9 @@ pub struct Job<'a> {
     pub precision: Precision,
     /// Which step.
     pub step: Step,
-    /// B: slots, over all devices.
+    /// B: slots, over all devices; texts of a training step.
     pub batch: usize,
-    /// T: positions of the cache.
+    /// T: positions of the cache, of which training has none.
     pub len: usize,
     /// How the cache is kept.
     pub cache: CacheOptions,
@@ -75,8 +108,8 @@ pub struct Job<'a> {
 /// A program as text, with what is known of it before it is compiled.
 #[derive(Clone, Debug)]
 pub struct Prepared {
-    /// The program's shape.
-    pub spec: StepSpec,
+    /// The cache that it runs on; of training one without positions.
+    pub cache: CacheShape,
     /// StableHLO.
     pub text: String,
     /// What every target of the platform compiles it with.
@@ -94,6 +127,10 @@ pub struct Sizes {
     pub weights: u64,
     /// Bytes of the cache among them.
     pub cache: u64,
+    /// Bytes of an optimizer's state among them.
+    pub state: u64,
+    /// Bytes that training writes in place of arguments.
+    pub written: u64,
     /// Bytes of experts that no token of the step can have chosen, even if every token chose others.
     pub idle_experts: u64,
     /// Operations of the model's products, split evenly: what the model asks for, not what a program makes of it.
@@ -116,11 +153,30 @@ impl Job<'_> {
     /// Those of [`Blueprint::new`], [`MeshShape::check_cache`] and [`build`].
     pub fn prepare(&self) -> Result<Prepared, Error> {
         let model = self.blueprint()?;
-        let spec = StepSpec::alone(self.step.tokens(), model.cache_shape(&self.cache, self.batch, self.len), &model);
-        self.mesh.check_cache(&spec.cache)?;
-        let module = build(&spec, &model)?;
-        let sizes = self.sizes(&spec, &module);
-        Ok(Prepared { spec, text: model.stablehlo(&module), options: model.compile_options(), sizes })
+        let (cache, read_len, module) = match self.step {
+            Step::Train { tokens, microbatches, keep } => {
+                let spec = self.train_spec(tokens, microbatches, keep)?;
+                (spec.gradient.cache(&model), tokens, build_train(&spec, &model)?)
+            }
+            Step::Prefill { .. } | Step::Decode => {
+                let cache = model.cache_shape(&self.cache, self.batch, self.len);
+                let spec = StepSpec::alone(self.step.tokens(), cache, &model);
+                self.mesh.check_cache(&spec.cache)?;
+                (spec.cache, spec.read_len, build(&spec, &model)?)
+            }
+        };
+        let sizes = self.sizes(read_len, &module);
+        Ok(Prepared { cache, text: model.stablehlo(&module), options: model.compile_options(), sizes })
+    }
+
+    fn train_spec(&self, tokens: usize, microbatches: usize, keep: Keep) -> Result<TrainSpec, Error> {
+        let batch = self.batch / microbatches.max(1);
+        if batch * microbatches != self.batch {
+            let what = format!("{microbatches}: {} texts (--batch) cannot be split into as many parts", self.batch);
+            return Err(Error::Option { name: "microbatches".into(), what });
+        }
+        let loss = LossOptions::default();
+        Ok(TrainSpec::new(GradientSpec { batch, tokens, loss, save: keep.into() }, microbatches))
     }
 
     /// Tokens that one run takes or gives, those that were asked for only.
@@ -128,9 +184,9 @@ impl Job<'_> {
         self.batch * self.step.tokens()
     }
 
-    fn sizes(&self, spec: &StepSpec, module: &Module) -> Sizes {
+    fn sizes(&self, read_len: usize, module: &Module) -> Sizes {
         let params: HashMap<&str, &Param> = self.params.iter().into_iter().map(|p| (p.name.as_str(), p)).collect();
-        let mut sizes = Sizes { flops: self.flops(spec) / self.mesh.devices() as f64, ..Sizes::default() };
+        let mut sizes = Sizes { flops: self.flops(read_len) / self.mesh.devices() as f64, ..Sizes::default() };
         for arg in module.args() {
             let shape = match (&arg.sharding, module.mesh()) {
                 (Some(sharding), Some(mesh)) => sharding.local_shape(mesh, &arg.aval.shape),
@@ -138,10 +194,15 @@ impl Job<'_> {
             };
             let bytes = (shape.iter().product::<usize>() * arg.aval.dtype.bits()).div_ceil(8) as u64;
             sizes.arguments += bytes;
-            // A packed parameter is several arguments, `NAME.q` and more.
-            let part_of = || Some(arg.name.rsplit_once('.')?.0);
-            match params.get(arg.name.as_str()).or_else(|| params.get(part_of()?)) {
-                Some(param) => {
+            let trains = matches!(self.step, Step::Train { .. });
+            if trains && arg.aliased_output.is_some() {
+                sizes.written += bytes;
+            }
+            // A packed parameter is several arguments, `NAME.q` and more; an optimizer has `NAME.m` and more.
+            let part_of = || arg.name.rsplit_once('.').and_then(|(name, part)| Some((params.get(name)?, part)));
+            match params.get(arg.name.as_str()).map(|param| (param, "")).or_else(part_of) {
+                Some((_, "m" | "v")) if trains => sizes.state += bytes,
+                Some((param, _)) => {
                     sizes.weights += bytes;
                     sizes.idle_experts += (bytes as f64 * self.idle(param)) as u64;
                 }
@@ -164,8 +225,9 @@ impl Job<'_> {
     }
 
     /// Operations of all products over all devices: 2 · tokens · the parameters that a token meets, the head for the last
-    /// token of each slot only, and 4 · H · K for every pair of a query and a key that it sees.
-    fn flops(&self, spec: &StepSpec) -> f64 {
+    /// token of each slot only, and 4 · H · K for every pair of a query and a key that it sees. Training takes three times as many,
+    /// with the head for all tokens; beside adapters twice as many for what they leave as it is.
+    fn flops(&self, read_len: usize) -> f64 {
         let cfg = self.cfg;
         let met = |p: &&Param| -> f64 {
             let share = match &cfg.moe {
@@ -180,14 +242,21 @@ impl Job<'_> {
         let pairs = |window: Option<usize>| -> f64 {
             let seen = |keys: usize| window.map_or(keys, |w| keys.min(w)) as f64;
             match self.step {
-                Step::Decode => seen(spec.read_len),
-                Step::Prefill { tokens } => (1..=tokens).map(seen).sum(),
+                Step::Decode => seen(read_len),
+                Step::Prefill { tokens } | Step::Train { tokens, .. } => (1..=tokens).map(seen).sum(),
             }
         };
         let scores: f64 = cfg.layers.iter().map(|layer| pairs(layer.window)).sum();
-        let batch = self.batch as f64;
-        2.0 * batch * (self.step.tokens() as f64 * layers + head)
-            + 4.0 * batch * (cfg.n_heads * cfg.head_dim) as f64 * scores
+        let (batch, tokens) = (self.batch as f64, self.step.tokens() as f64);
+        if matches!(self.step, Step::Train { .. }) {
+            let frozen = cfg.lora.is_some();
+            let adapters =
+                self.params.iter().into_iter().filter(|p| p.is_adapter()).map(Param::elements).sum::<usize>();
+            let products = if frozen { 2.0 * (layers + head) + 3.0 * adapters as f64 } else { 3.0 * (layers + head) };
+            let pairs = 4.0 * (cfg.n_heads * cfg.head_dim) as f64 * scores;
+            return batch * (2.0 * tokens * products + 3.0 * pairs);
+        }
+        2.0 * batch * (tokens * layers + head) + 4.0 * batch * (cfg.n_heads * cfg.head_dim) as f64 * scores
     }
 }
 
@@ -325,7 +394,7 @@ mod tests {
     }
 
     fn flops(job: &Job<'_>) -> f64 {
-        job.flops(&job.prepare().expect("it divides").spec)
+        job.prepare().expect("it divides").sizes.flops
     }
 
     #[test]

@@ -13,7 +13,7 @@ mod sweep;
 mod target;
 
 pub use file::{ExecutableFile, Identity, program_hash};
-pub use job::{Job, Prepared, Sizes, Step, cut, mesh_for, meshes};
+pub use job::{Job, Keep, Prepared, Sizes, Step, cut, mesh_for, meshes};
 pub use report::{Figures, Memory, Report, compile};
 pub use sweep::{Row, sweep};
 pub use target::{Compiled, Machine, Target};

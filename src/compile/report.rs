@@ -131,7 +131,7 @@ impl Report {
         let figures = compiled.map(figures).transpose()?;
         let floors = machine.chip.map(|chip| {
             let work = Work {
-                hbm_bytes: (sizes.arguments - sizes.idle_experts) as f64,
+                hbm_bytes: (sizes.arguments - sizes.idle_experts + sizes.written) as f64,
                 flops: sizes.flops,
                 // from 0.0, since an empty sum of floats is -0.0
                 link_bytes: figures.iter().flat_map(|f| &f.collectives).map(sent).fold(0.0, |sum, n| sum + n),
@@ -140,7 +140,7 @@ impl Report {
             chip.floors(&work, job.precision.dtype)
         });
         let (tokens, chips) = (job.tokens(), machine.chips());
-        let cache = prepared.spec.cache;
+        let cache = prepared.cache;
         Ok(Report { compile_s, cache, memory, sizes: *sizes, figures, shortage, floors, tokens, chips })
     }
 
@@ -159,6 +159,12 @@ impl Report {
     pub fn predicted(&self) -> Option<f64> {
         let floors = self.floors.filter(|_| self.ok())?;
         Some(self.rate(floors.estimate().unwrap_or(floors.roofline())))
+    }
+
+    /// The part of the device's peak that the model's own products take, in a step as long as [`Report::predicted`] says.
+    pub fn utilization(&self) -> Option<f64> {
+        let floors = self.floors.filter(|_| self.ok())?;
+        Some(floors.flops / floors.estimate().unwrap_or(floors.roofline()))
     }
 
     /// Executions and bytes of one device by kind of collective.
@@ -217,7 +223,7 @@ impl Report {
             "program": job.step.name(),
             "tokens": job.step.tokens(),
             "batch": job.batch,
-            "max_seq": cache.len,
+            "max_seq": if cache.len == 0 { job.step.tokens() } else { cache.len },
             "mesh": job.mesh.to_string(),
             "dtype": job.precision.name(),
             "cache_dtype": cache.dtype.name(),
@@ -226,6 +232,7 @@ impl Report {
                 "arguments": m.arguments,
                 "weights": self.sizes.weights,
                 "cache": self.sizes.cache,
+                "state": self.sizes.state,
                 "outputs": m.outputs,
                 "aliased": m.aliased,
                 "temporaries": m.temporaries,
@@ -250,6 +257,7 @@ impl Report {
             "dynamic_loops": cycles.map(|c| c.dynamic_loops),
             "roofline": roofline,
             "estimate": estimate,
+            "utilization": self.utilization(),
         })
     }
 }

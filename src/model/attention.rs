@@ -4,7 +4,8 @@ use xla::DType;
 use xla::graph::{Attr, Kernel, Tensor};
 
 use super::cache_pieces::{by_slots, slots};
-use super::linear::{linear, linears};
+use super::linear::linears;
+use super::lora::adapter;
 use super::rms_norm::rms_norm;
 use super::rope::Rope;
 use super::scores::Queries;
@@ -41,9 +42,9 @@ pub fn attention(
 
     let [for_q, x] = x;
     let [q, k, v] = linears([
-        ("BSM,MHK->BSHK", for_q, &p.q_proj, p.q_bias.as_ref()),
-        ("BSM,MGK->BSGK", x, &p.k_proj, p.k_bias.as_ref()),
-        ("BSM,MGK->BSGK", x, &p.v_proj, p.v_bias.as_ref()),
+        ("BSM,MHK->BSHK", for_q, &p.q_proj, p.q_bias.as_ref(), adapter(&p.q_lora, cfg)),
+        ("BSM,MGK->BSGK", x, &p.k_proj, p.k_bias.as_ref(), adapter(&p.k_lora, cfg)),
+        ("BSM,MGK->BSGK", x, &p.v_proj, p.v_bias.as_ref(), adapter(&p.v_lora, cfg)),
     ]);
     let (q, k, v) = (q.shard(heads).named("q"), k.shard(kv_heads).named("k"), v.shard(kv_heads).named("v"));
     let q = head_norm(q, p.q_norm.as_ref(), "q_norm", cfg);
@@ -54,7 +55,8 @@ pub fn attention(
     };
     let out = out.shard(heads);
 
-    (linear("BSHK,HKM->BSM", &out, &p.out_proj, p.out_bias.as_ref()).named("out"), cache)
+    let [y] = linears([("BSHK,HKM->BSM", &out, &p.out_proj, p.out_bias.as_ref(), adapter(&p.out_lora, cfg))]);
+    (y.named("out"), cache)
 }
 
 /// Queries and keys rotated, keys and values into the cache, and attention over it. q (B, S, H, K), k and v (B, S, G, K), f32; the

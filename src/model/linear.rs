@@ -3,6 +3,7 @@
 use xla::DType;
 use xla::graph::{Attr, Graph, Kernel, Platform, Tensor, einsum_as};
 
+use super::lora::Adapter;
 use super::pieces;
 use super::rows::{TPU_ROWS, pad};
 use crate::params::{Packed, Weight};
@@ -11,15 +12,15 @@ use crate::params::{Packed, Weight};
 /// weights are (N, K); `groups` and `mins` say how weights are packed (`with_weights`).
 pub const LINEAR: &str = "xllama.linear";
 
-/// A projection as [`linears`] takes it: equation, x, weight, bias.
-pub(super) type Projection<'a> = (&'a str, &'a Tensor, &'a Weight, Option<&'a Weight>);
+/// A projection as [`linears`] takes it: equation, x, weight, bias, adapter.
+pub(super) type Projection<'a> = (&'a str, &'a Tensor, &'a Weight, Option<&'a Weight>, Option<Adapter<'a>>);
 
 /// `einsum(equation, x, weight) + bias`. `x` (B, S, …) is cast to the weight's dtype for the product, the product is
 /// accumulated and returned in f32, and the bias (the equation's trailing output axes) is added there. The contracted
 /// axes are the last of `x` and the first of `weight`, in the same order.
 #[track_caller]
 pub fn linear(equation: &str, x: &Tensor, weight: &Weight, bias: Option<&Weight>) -> Tensor {
-    let [y] = linears([(equation, x, weight, bias)]);
+    let [y] = linears([(equation, x, weight, bias, None)]);
     y
 }
 
@@ -27,16 +28,20 @@ pub fn linear(equation: &str, x: &Tensor, weight: &Weight, bias: Option<&Weight>
 #[track_caller]
 pub(super) fn linears<const N: usize>(projections: [Projection<'_>; N]) -> [Tensor; N] {
     let (_, x, ..) = projections[0];
-    let with_kernel = projections.iter().all(|(_, x, weight, _)| takes_kernel(x, weight));
+    let with_kernel = projections.iter().all(|(_, x, weight, ..)| takes_kernel(x, weight));
     let products = match with_kernel {
         true => {
-            by_kernel(x, &projections.map(|(equation, _, weight, _)| (contracted(equation, weight), weight)), false)
+            by_kernel(x, &projections.map(|(equation, _, weight, ..)| (contracted(equation, weight), weight)), false)
         }
-        false => projections.map(|(equation, x, weight, _)| projected(equation, x, weight)).to_vec(),
+        false => projections.map(|(equation, x, weight, ..)| projected(equation, x, weight)).to_vec(),
     };
     let mut products = products.into_iter();
-    projections.map(|(.., bias)| {
+    projections.map(|(equation, x, _, bias, adapter)| {
         let y = products.next().expect("a product for each projection");
+        let y = match adapter {
+            Some(adapter) => y + adapter.delta(equation, x),
+            None => y,
+        };
         match bias {
             Some(bias) => &y + bias.float().cast(DType::F32).broadcast_to(y.shape()),
             None => y,

@@ -161,6 +161,9 @@ fn block_name(layer: &LayerConfig, layout: Layout) -> String {
 #[track_caller]
 pub fn decoder_block(p: &DecoderBlock<Weight>, x: &Tensor, at: &LayerInput<'_>, cfg: &ModelConfig) -> Block {
     let g = x.graph();
+    // A product of integers rounds what it multiplies, and that has no derivative.
+    let here = |weight: &Weight| if g.training() { Weight::Float(weight.float()) } else { weight.whole() };
+    let p = &p.as_ref().map(&mut |weight| here(weight));
     let norm = |x: Tensor, weight: &Option<Weight>, name: &str| match weight {
         Some(weight) => rms_norm(&x, &weight.float(), cfg).named(name),
         None => x,

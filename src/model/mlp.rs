@@ -2,7 +2,8 @@
 
 use xla::graph::{Attr, Kernel, Platform, Tensor};
 
-use super::linear::{linear, linears, matrix_product, takes_kernel, weights_of, with_weights};
+use super::linear::{linears, matrix_product, takes_kernel, weights_of, with_weights};
+use super::lora::adapter;
 use crate::config::{Activation, ModelConfig};
 use crate::params::{Mlp, Weight};
 
@@ -13,12 +14,16 @@ pub const GATED: &str = "xllama.gated";
 /// down(act(gate(x)) · up(x)). `x`: (B, S, M) → (B, S, M) in f32.
 #[track_caller]
 pub fn mlp(p: &Mlp<Weight>, x: &Tensor, cfg: &ModelConfig) -> Tensor {
+    let adapters = [adapter(&p.gate_lora, cfg), adapter(&p.up_lora, cfg)];
+    let alone = adapters.iter().all(Option::is_none);
     let mut h = match (&p.gate_bias, &p.up_bias) {
-        (None, None) if takes_kernel(x, &p.gate_proj) && takes_kernel(x, &p.up_proj) => gated(p, x, cfg.hidden_act),
+        (None, None) if alone && takes_kernel(x, &p.gate_proj) && takes_kernel(x, &p.up_proj) => {
+            gated(p, x, cfg.hidden_act)
+        }
         biases => {
             let [gate, up] = linears([
-                ("BSM,MF->BSF", x, &p.gate_proj, biases.0.as_ref()),
-                ("BSM,MF->BSF", x, &p.up_proj, biases.1.as_ref()),
+                ("BSM,MF->BSF", x, &p.gate_proj, biases.0.as_ref(), adapters[0]),
+                ("BSM,MF->BSF", x, &p.up_proj, biases.1.as_ref(), adapters[1]),
             ]);
             activation(&gate, cfg.hidden_act) * up
         }
@@ -27,7 +32,8 @@ pub fn mlp(p: &Mlp<Weight>, x: &Tensor, cfg: &ModelConfig) -> Tensor {
         // Else its compiler may make one program of up and down, which reads their weights more slowly than two.
         h = h.graph().optimization_barrier(&[&h.cast(p.down_proj.dtype())]).remove(0);
     }
-    linear("BSF,FM->BSM", &h, &p.down_proj, p.down_bias.as_ref())
+    let [y] = linears([("BSF,FM->BSM", &h, &p.down_proj, p.down_bias.as_ref(), adapter(&p.down_lora, cfg))]);
+    y
 }
 
 /// act(x·gate) · (x·up) by a kernel: (B, S, M) → (B, S, F) f32.

@@ -42,7 +42,7 @@ pub(super) fn product(
             let letter = char::from(letters(equation)[1].as_bytes()[grouped.axis]);
             return grouped.product(equation, x, devices(letter) > 1);
         }
-        Weight::Packed(packed) => &packed.unpack(),
+        other => &other.float(),
     };
     let whole = |x: &Tensor, weight: &Tensor| einsum_as(equation, x, weight, DType::F32);
     let Some((axis, length)) = cut(equation, weight, rows, devices) else { return whole(x, weight) };

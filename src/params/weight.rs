@@ -15,6 +15,17 @@ pub enum Weight {
     Packed(Packed),
     /// A matrix of integers with all axes, of which floats are made where it is used.
     Grouped(Grouped),
+    /// One that `fsdp` splits.
+    Split(Split),
+}
+
+/// A parameter of which each device has a part, until it is used.
+#[derive(Clone, Debug)]
+pub struct Split {
+    /// What it is.
+    pub weight: Box<Weight>,
+    /// How each of its tensors lies on the mesh, and how it does where it is whole again.
+    pub axes: Vec<[Vec<&'static str>; 2]>,
 }
 
 /// A matrix of integer codes with a scale, and maybe a minimum, for each group of contracted terms: [`kernels::packed`].
@@ -40,7 +51,19 @@ impl Weight {
         match self {
             Weight::Float(tensor) => vec![tensor],
             Weight::Packed(Packed { arrays, .. }) | Weight::Grouped(Grouped { arrays, .. }) => arrays.iter().collect(),
+            Weight::Split(split) => split.weight.tensors(),
         }
+    }
+
+    /// It with all that `fsdp` splits on every device: one gather.
+    #[track_caller]
+    pub fn whole(&self) -> Weight {
+        let Weight::Split(Split { weight, axes }) = self else { return self.clone() };
+        let mut axes = axes.iter();
+        weight.each(|tensor| match axes.next() {
+            Some([split, whole]) => tensor.gather(whole, split),
+            None => tensor.clone(),
+        })
     }
 
     /// The same weight made of other tensors: `next` gives as many as [`Weight::tensors`] has.
@@ -54,6 +77,9 @@ impl Weight {
             Weight::Float(tensor) => Weight::Float(f(tensor)),
             Weight::Packed(packed) => Weight::Packed(packed.each(f)),
             Weight::Grouped(grouped) => Weight::Grouped(grouped.each(f)),
+            Weight::Split(Split { weight, axes }) => {
+                Weight::Split(Split { weight: Box::new(weight.each(f)), axes: axes.clone() })
+            }
         }
     }
 
@@ -61,7 +87,7 @@ impl Weight {
     pub fn packed(&self) -> Option<&Packed> {
         match self {
             Weight::Packed(packed) => Some(packed),
-            Weight::Float(_) | Weight::Grouped(_) => None,
+            Weight::Float(_) | Weight::Grouped(_) | Weight::Split(_) => None,
         }
     }
 
@@ -71,6 +97,7 @@ impl Weight {
             Weight::Float(tensor) => tensor.shape(),
             Weight::Packed(packed) => &packed.shape,
             Weight::Grouped(grouped) => &grouped.shape,
+            Weight::Split(split) => split.weight.shape(),
         }
     }
 
@@ -80,6 +107,7 @@ impl Weight {
             Weight::Float(tensor) => tensor.dtype(),
             Weight::Packed(_) => DType::F32,
             Weight::Grouped(grouped) => grouped.dtype,
+            Weight::Split(split) => split.weight.dtype(),
         }
     }
 
@@ -90,6 +118,7 @@ impl Weight {
             Weight::Float(tensor) => tensor.clone(),
             Weight::Packed(packed) => packed.unpack(),
             Weight::Grouped(grouped) => grouped.float(),
+            Weight::Split(_) => self.whole().float(),
         }
     }
 }

@@ -18,7 +18,7 @@ use crate::params::{DeviceArray, Param, host_dtype};
 /// The place of a parameter in tree order, and its arrays.
 type Uploaded = (usize, Vec<Array>);
 
-/// Puts every parameter on the devices, in tree order. Parts that lie in a file as they are needed are handed over in
+/// Puts every parameter but adapters, which no checkpoint has, on the devices, in tree order. Parts that lie in a file as they are needed are handed over in
 /// place; others are read and converted by `threads` threads. `progress` gets bytes done and bytes in all.
 pub fn upload(
     checkpoint: &Checkpoint,
@@ -28,7 +28,7 @@ pub fn upload(
     progress: &(dyn Fn(u64, u64) + Sync),
 ) -> Result<Vec<Array>, Error> {
     let stored = checkpoint.params().iter();
-    let params = model.params.iter();
+    let params: Vec<&Param> = model.params.iter().into_iter().filter(|param| !param.is_adapter()).collect();
     let bytes = |p: &Param| model.devices().bytes(p);
     let total = params.iter().map(|p| bytes(p)).sum();
     let (next, done) = (AtomicUsize::new(0), AtomicU64::new(0));

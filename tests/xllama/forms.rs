@@ -98,6 +98,9 @@ fn large_weights_in_pieces_give_the_same() {
             up_bias: None,
             down_proj: values(g, &[f, m], 0.03),
             down_bias: None,
+            gate_lora: None,
+            up_lora: None,
+            down_lora: None,
         };
         mlp(&p.map(&mut Weight::Float), &values(g, &[1, 1, m], 1.0), &cfg)
     };
@@ -123,6 +126,10 @@ fn a_large_cache_in_pieces_gives_the_same() {
             out_bias: None,
             q_norm: None,
             k_norm: None,
+            q_lora: None,
+            k_lora: None,
+            v_lora: None,
+            out_lora: None,
         };
         let tpu = g.platform() == Platform::Tpu;
         // The order of a TPU's cache from that of other platforms', and the other way.

@@ -96,7 +96,17 @@ fn operations_agree_on_odd_shapes() {
         let dims = |g: &Graph| {
             let weight = |shape: [usize; 2], scale| Weight::Float(values(g, &shape, scale));
             let (gate_proj, up_proj, down_proj) = (weight([m, f], 0.05), weight([m, f], 0.04), weight([f, m], 0.3));
-            let p = Mlp { gate_proj, gate_bias: None, up_proj, up_bias: None, down_proj, down_bias: None };
+            let p = Mlp {
+                gate_proj,
+                gate_bias: None,
+                up_proj,
+                up_bias: None,
+                down_proj,
+                down_bias: None,
+                gate_lora: None,
+                up_lora: None,
+                down_lora: None,
+            };
             mlp(&p, &values(g, &[1, rows, m], 1.0), &cfg)
         };
         agree(&format!("a feed-forward of {rows} × {m} × {f}"), dims);

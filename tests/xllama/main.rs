@@ -21,4 +21,5 @@ mod packed;
 mod perplexity;
 mod search;
 mod support;
+mod train_step;
 mod training;

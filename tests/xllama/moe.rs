@@ -115,6 +115,9 @@ impl Weights {
                 gate_bias: None,
                 up_bias: None,
                 down_bias: None,
+                gate_lora: None,
+                up_lora: None,
+                down_lora: None,
             };
             let p = Moe {
                 router: a[1].clone(),

@@ -6,6 +6,7 @@
 
 mod family;
 mod keys;
+mod lora;
 mod moe;
 mod rope;
 
@@ -20,6 +21,7 @@ use crate::error::{Error, Result};
 pub(crate) use family::Names;
 pub use family::QkNorm;
 use family::{FAMILIES, Family, Sizes};
+pub use lora::{LoraConfig, LoraProjection};
 pub use moe::{ExpertGroups, MoeConfig, Router, SharedExpert};
 pub(crate) use rope::extend;
 pub use rope::{ExtensionKind, Rope, RopeExtension, RopeKind};
@@ -75,6 +77,8 @@ pub struct ModelConfig {
     pub pad_token_id: Option<u32>,
     /// The element type that the configuration names; the tensors' own types are in the checkpoint.
     pub dtype: Option<DType>,
+    /// The adapters that are beside its projections; `config.json` says nothing of them.
+    pub lora: Option<LoraConfig>,
     /// How tensors are called.
     pub(crate) names: &'static Names,
     /// The whole `config.json`, keys in order.
@@ -224,6 +228,7 @@ impl ModelConfig {
             eos_token_ids: keys.token_ids("eos_token_id", eos, vocab_size)?,
             pad_token_id: keys.token_ids("pad_token_id", pad, vocab_size)?.first().copied(),
             dtype: keys.dtype()?,
+            lora: None,
             names: &family.names,
             raw: value.clone(),
         };
@@ -248,6 +253,7 @@ impl ModelConfig {
             'G' => (self.n_kv_heads, "key/value heads", "kv_heads"),
             'K' => (self.head_dim, "head_dim", "head_dim"),
             'F' => (self.d_ff, "intermediate", "mlp"),
+            'L' => (self.lora.as_ref().map_or(0, |lora| lora.rank), "rank", "rank"),
             other => unreachable!("axis letter {other}"),
         };
         Axis { size, noun, logical }

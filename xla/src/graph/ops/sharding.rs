@@ -14,6 +14,8 @@ use crate::graph::tensor::Tensor;
 pub struct ShardingConstraint {
     /// The layout.
     pub sharding: Sharding,
+    /// That of its cotangent, where it is another.
+    pub cotangent: Option<Sharding>,
 }
 
 op_info!(ShardingConstraint, 1, "sharding_constraint", "a value laid out over the mesh");
@@ -42,10 +44,12 @@ impl Op for ShardingConstraint {
         }
     }
 
-    /// The cotangent lies where the value does.
+    /// The cotangent lies where the value does, if nothing else is said.
     fn vjp(&self, cx: &mut Vjp<'_, '_>) -> Cotangents {
         let ct = cx.ct();
-        Ok(vec![Some(ct.graph.apply1(self.clone(), &[&ct]))])
+        let sharding = self.cotangent.clone().unwrap_or_else(|| self.sharding.clone());
+        let cotangent = self.cotangent.is_some().then(|| self.sharding.clone());
+        Ok(vec![Some(ct.graph.apply1(ShardingConstraint { sharding, cotangent }, &[&ct]))])
     }
 }
 
@@ -55,8 +59,19 @@ impl Tensor {
     #[track_caller]
     pub fn shard<'a>(&self, logical: impl AsRef<[&'a str]>) -> Tensor {
         match self.graph.resolve(Location::caller(), "shard", logical.as_ref(), self.shape()) {
-            Some(sharding) => self.graph.apply1(ShardingConstraint { sharding }, &[self]),
+            Some(sharding) => self.graph.apply1(ShardingConstraint { sharding, cotangent: None }, &[self]),
             None => self.clone(),
+        }
+    }
+
+    /// [`Tensor::shard`] of a value that lay on the mesh as `before` says, where its cotangent lies again: what is gathered here is
+    /// summed there by a reduce-scatter, and is whole nowhere.
+    #[track_caller]
+    pub fn gather<'a>(&self, logical: impl AsRef<[&'a str]>, before: impl AsRef<[&'a str]>) -> Tensor {
+        let resolve = |logical: &[&str]| self.graph.resolve(Location::caller(), "gather", logical, self.shape());
+        match (resolve(logical.as_ref()), resolve(before.as_ref())) {
+            (Some(sharding), cotangent) => self.graph.apply1(ShardingConstraint { sharding, cotangent }, &[self]),
+            (None, _) => self.clone(),
         }
     }
 }
