@@ -268,7 +268,7 @@ impl Outputs {
 
 /// The source's `config.json`, byte for byte unless the model is extended or the element type of the weights is no longer
 /// what it says.
-fn config_json(checkpoint: &Checkpoint, written: Option<DType>, packed: bool) -> Result<Vec<u8>> {
+pub(crate) fn config_json(checkpoint: &Checkpoint, written: Option<DType>, packed: bool) -> Result<Vec<u8>> {
     let from_gguf = checkpoint.kind() == Kind::Gguf;
     let named = checkpoint.config().dtype;
     // packed parameters have no other place that says what they are as floats

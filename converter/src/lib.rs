@@ -2,7 +2,8 @@
 //!
 //! [`Checkpoint::open`] reads the headers of a Hugging Face folder, a folder written by [`convert`], or a GGUF file, and
 //! checks every tensor against the tree of parameters that its configuration declares ([`layout`]). Tensors are then
-//! read one by one in per-head form, used in place, or streamed to another folder ([`convert`], [`export_hf`]). Matrices
+//! read one by one in per-head form, used in place, or streamed to another folder ([`convert`], [`export_hf`]); trained
+//! values go to one by [`save`]. Matrices
 //! may be stored as integers with scales ([`Packing`]); they are read as floats like all others, or as they are stored.
 //! This crate knows no PJRT and no graph.
 
@@ -18,6 +19,7 @@ pub mod layout;
 mod packing;
 mod pool;
 mod quantize;
+mod save;
 mod shard;
 mod staging;
 pub mod tokenizer;
@@ -32,4 +34,5 @@ pub use error::{Error, Result};
 pub use extend::{AddedToken, AddedTokens, Extension};
 pub use layout::{Attention, Contraction, DecoderBlock, Layout, Llama, Mlp, Param};
 pub use packing::{Packing, Precision, ScaleType};
+pub use save::save;
 pub use shard::FileBytes;

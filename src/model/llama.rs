@@ -72,16 +72,62 @@ pub fn forward(
     x = x.shard(RESIDUAL).named("embedding");
     let mut layers = Vec::with_capacity(cfg.n_layers);
     let mut router_logits = Vec::new();
-    for (i, layer) in cfg.layers.iter().enumerate() {
+    let mut i = 0;
+    while i < cfg.n_layers {
+        let layer = &cfg.layers[i];
         let _scope = g.scope(&format!("layers.{i}"));
         let rope = layer.rope.map(|rope| &ropes[rope]);
         let at = LayerInput { rope, place, cache: &cache.layers[i], layout: shape.layout(layer) };
+        let alike = cfg.layers[i..].iter().take_while(|other| *other == layer).count();
+        if g.training() && g.platform() != Platform::Cpu && alike > 1 {
+            let (out, logits) = scan_blocks(&p.layers[i..i + alike], &x, &at, layer, cfg);
+            x = out;
+            router_logits.extend(logits);
+            layers.extend(cache.layers[i..i + alike].iter().cloned());
+            i += alike;
+            continue;
+        }
         let block = call_block(&p.layers[i], &x, &at, layer, cfg);
         x = block.x.named("out");
         layers.push(block.cache);
         router_logits.extend(block.router_logits);
+        i += 1;
     }
     Decoded { hidden: x, cache: KvCache { layers }, router_logits }
+}
+
+/// Blocks of one kind as a loop over their stacked parameters: x after the last, and the logits of their routers. The compilers of
+/// accelerators write calls out, and a training step of many layers would take them half an hour; the copy is small beside it.
+#[track_caller]
+fn scan_blocks(
+    p: &[DecoderBlock<Weight>],
+    x: &Tensor,
+    at: &LayerInput<'_>,
+    layer: &LayerConfig,
+    cfg: &ModelConfig,
+) -> (Tensor, Vec<Tensor>) {
+    let g = x.graph();
+    let leaves: Vec<Vec<&Weight>> = p.iter().map(DecoderBlock::iter).collect();
+    let stacks: Vec<Tensor> = (0..leaves[0].len())
+        .flat_map(|leaf| Weight::stack(&leaves.iter().map(|layer| layer[leaf]).collect::<Vec<_>>()))
+        .collect();
+    let place = at.place;
+    let mut whole = vec![&place.positions, &place.first];
+    whole.extend(at.rope.iter().flat_map(|rope| [&rope.cos, &rope.sin]));
+    let (carried, logits) =
+        g.scan("layers", p.len(), &whole, &[x], &stacks.iter().collect::<Vec<_>>(), |whole, x, own| {
+            let place =
+                Place { positions: whole[0].clone(), first: whole[1].clone(), valid: None, table: None, ..*place };
+            let rope = at.rope.map(|_| Rope { cos: whole[2].clone(), sin: whole[3].clone() });
+            let mut own = own.iter().cloned();
+            let mut next = || own.next().expect("a turn gets a piece of each stack");
+            let p = p[0].as_ref().map(&mut |weight| weight.with(&mut next));
+            let at = LayerInput { rope: rope.as_ref(), place: &place, ..*at };
+            let block = call_block(&p, &x[0], &at, layer, cfg);
+            (vec![block.x], block.router_logits.into_iter().collect())
+        });
+    let of_layer = |i: usize| logits.iter().map(move |all| all.narrow(0, i, 1).reshape(&all.shape()[1..]));
+    (carried[0].clone(), (0..p.len()).flat_map(of_layer).collect())
 }
 
 /// The hidden states (B, S, M) as the head reads them, f32.

@@ -83,6 +83,21 @@ impl Weight {
         }
     }
 
+    /// The tensors of several weights of one form, each with a new first axis along which they are.
+    #[track_caller]
+    pub fn stack(weights: &[&Weight]) -> Vec<Tensor> {
+        let all: Vec<Vec<&Tensor>> = weights.iter().map(|weight| weight.tensors()).collect();
+        let stacked = |i: usize| {
+            let each: Vec<Tensor> = all.iter().map(|tensors| tensors[i].expand_dims(0)).collect();
+            let stack = each[0].graph().concatenate(&each.iter().collect::<Vec<_>>(), 0);
+            match weights[0] {
+                Weight::Split(split) => stack.shard([&[""][..], &split.axes[i][0]].concat()),
+                _ => stack,
+            }
+        };
+        (0..all[0].len()).map(stacked).collect()
+    }
+
     /// It as integers in blocks, if that is what it is.
     pub fn packed(&self) -> Option<&Packed> {
         match self {

@@ -1,5 +1,6 @@
 //! A model in training on its devices: parameters, the optimizer's state, and the step that moves them.
 
+use std::path::Path;
 use std::sync::Arc;
 
 use converter::Checkpoint;
@@ -166,6 +167,22 @@ impl Trainer {
         all.filter(|(_, trained)| **trained).map(|(pair, _)| pair).collect()
     }
 
+    /// Writes the parameters as they are now, f32, as the per-head folder `dst`; what else is in it comes from `checkpoint`, of which
+    /// the training began.
+    ///
+    /// # Errors
+    /// Those of [`converter::save`]; [`Error::Empty`] where adapters are trained, which are no checkpoint; the plugin's.
+    pub fn save(&self, checkpoint: &Checkpoint, dst: &Path) -> Result<(), Error> {
+        if self.model.cfg.lora.is_some() {
+            return Err(Error::Empty("adapters alone are no checkpoint that could be saved".into()));
+        }
+        let mut trained = self.trained().into_iter();
+        converter::save(checkpoint, dst, |stored| {
+            let (param, array) = trained.next().expect("all parameters are trained");
+            Ok(stored_part(array.to_vec()?, stored, param))
+        })
+    }
+
     /// Puts other values in place of what is trained: `values` gives them row-major for each parameter.
     ///
     /// # Errors
@@ -186,6 +203,19 @@ impl Trainer {
         trained.zip(new).for_each(|((old, _), new)| *old = new);
         Ok(())
     }
+}
+
+/// The values of a parameter as a checkpoint has it, where a mesh has copies of its key/value heads or a longer vocabulary.
+fn stored_part(values: Vec<f32>, stored: &Param, on_mesh: &Param) -> Vec<f32> {
+    let Some(axis) = (0..stored.shape.len()).find(|&axis| stored.shape[axis] != on_mesh.shape[axis]) else {
+        return values;
+    };
+    let (n, all) = (stored.shape[axis], on_mesh.shape[axis]);
+    let times = if stored.logical[axis] == "kv_heads" { all / n } else { 1 };
+    let inner: usize = stored.shape[axis + 1..].iter().product();
+    let of_row =
+        |row: &[f32]| -> Vec<f32> { (0..n).flat_map(|i| &row[i * times * inner..][..inner]).copied().collect() };
+    values.chunks(all * inner).flat_map(of_row).collect()
 }
 
 /// What an adapter begins with (Hu et al. 2021, section 4.1): b with zeros, so that it changes nothing.
