@@ -3,7 +3,7 @@
 //! A leaf is a declaration ([`Param`]), a host array, a graph tensor or a device buffer; the tree is the same, so there
 //! is no second list of parameter names anywhere. [`Llama::declare`] has one line per parameter, with its Hugging Face
 //! name and an einsum-like pattern from Hugging Face's shape to ours. Letters: V vocabulary, M d_model, H query heads,
-//! G key/value heads, K head_dim, F d_ff, E experts, L rank of an adapter; a group in brackets is one axis of the stored tensor, and `E:`
+//! G key/value heads, K head_dim, F d_ff, E experts, J rank of an adapter; a group in brackets is one axis of the stored tensor, and `E:`
 //! before a pattern says that there is such a tensor for each expert.
 //!
 //! Query head h reads key/value head h / (H / G): H splits as (G, R), in that order.
@@ -75,22 +75,22 @@ pub struct Attention<T> {
     pub q_norm: Option<T>,
     /// RMSNorm of keys, (K) or over all heads (G, K).
     pub k_norm: Option<T>,
-    /// Adapter of `q_proj`: (M, L), (L, H, K).
+    /// Adapter of `q_proj`: (M, J), (J, H, K).
     pub q_lora: Option<Lora<T>>,
-    /// Adapter of `k_proj`: (M, L), (L, G, K).
+    /// Adapter of `k_proj`: (M, J), (J, G, K).
     pub k_lora: Option<Lora<T>>,
-    /// Adapter of `v_proj`: (M, L), (L, G, K).
+    /// Adapter of `v_proj`: (M, J), (J, G, K).
     pub v_lora: Option<Lora<T>>,
-    /// Adapter of `out_proj`: (H, K, L), (L, M).
+    /// Adapter of `out_proj`: (H, K, J), (J, M).
     pub out_lora: Option<Lora<T>>,
 }
 
 /// A low-rank adapter of a projection W: W + (alpha / rank) · a·b in its place (Hu et al. 2021, section 4.1).
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Lora<T> {
-    /// From the projection's input to rank L.
+    /// From the projection's input to rank J.
     pub a: T,
-    /// From rank L to the projection's output.
+    /// From rank J to the projection's output.
     pub b: T,
     /// The state of the generator, u64 (2), that drops parts of the input; only where a graph trains.
     pub dropout: Option<T>,
@@ -111,11 +111,11 @@ pub struct Mlp<T> {
     pub up_bias: Option<T>,
     /// (M).
     pub down_bias: Option<T>,
-    /// Adapter of `gate_proj`: (M, L), (L, F).
+    /// Adapter of `gate_proj`: (M, J), (J, F).
     pub gate_lora: Option<Lora<T>>,
-    /// Adapter of `up_proj`: (M, L), (L, F).
+    /// Adapter of `up_proj`: (M, J), (J, F).
     pub up_lora: Option<Lora<T>>,
-    /// Adapter of `down_proj`: (F, L), (L, M).
+    /// Adapter of `down_proj`: (F, J), (J, M).
     pub down_lora: Option<Lora<T>>,
 }
 
@@ -482,10 +482,10 @@ impl Attention<Param> {
     }
 
     fn add_adapters(&mut self, s: &Scope<'_>) {
-        self.q_lora = s.adapter(LoraProjection::Q, ["LM->ML", "(HK)L->LHK"]);
-        self.k_lora = s.adapter(LoraProjection::K, ["LM->ML", "(GK)L->LGK"]);
-        self.v_lora = s.adapter(LoraProjection::V, ["LM->ML", "(GK)L->LGK"]);
-        self.out_lora = s.adapter(LoraProjection::Out, ["L(HK)->HKL", "ML->LM"]);
+        self.q_lora = s.adapter(LoraProjection::Q, ["JM->MJ", "(HK)J->JHK"]);
+        self.k_lora = s.adapter(LoraProjection::K, ["JM->MJ", "(GK)J->JGK"]);
+        self.v_lora = s.adapter(LoraProjection::V, ["JM->MJ", "(GK)J->JGK"]);
+        self.out_lora = s.adapter(LoraProjection::Out, ["J(HK)->HKJ", "MJ->JM"]);
     }
 }
 
@@ -512,9 +512,9 @@ impl Mlp<Param> {
     }
 
     fn add_adapters(&mut self, s: &Scope<'_>) {
-        self.gate_lora = s.adapter(LoraProjection::Gate, ["LM->ML", "FL->LF"]);
-        self.up_lora = s.adapter(LoraProjection::Up, ["LM->ML", "FL->LF"]);
-        self.down_lora = s.adapter(LoraProjection::Down, ["LF->FL", "ML->LM"]);
+        self.gate_lora = s.adapter(LoraProjection::Gate, ["JM->MJ", "FJ->JF"]);
+        self.up_lora = s.adapter(LoraProjection::Up, ["JM->MJ", "FJ->JF"]);
+        self.down_lora = s.adapter(LoraProjection::Down, ["JF->FJ", "MJ->JM"]);
     }
 }
 
@@ -659,7 +659,7 @@ impl Param {
 
     /// Whether it belongs to a [`Lora`].
     pub fn is_adapter(&self) -> bool {
-        self.axes.contains('L')
+        self.axes.contains('J')
     }
 
     /// The last axis that is contracted, along which the terms of a group of a packed parameter follow each other.

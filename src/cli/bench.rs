@@ -12,29 +12,40 @@ use xllama::runtime::{Engine, Session, TokenRead, kernel_calls};
 use super::bench_profile::Profile;
 use super::generate::context_len;
 use super::model_args::ModelArgs;
+use super::train_args::TrainArgs;
 use super::{Context, table};
 
-/// Measure prefill and decode: median, smallest and largest of several runs.
+/// Measure prefill and decode, or steps of training: median, smallest and largest of several runs.
 #[derive(clap::Args)]
-#[command(after_help = "Example:\n  xllama bench --prompt-tokens 512 --gen-tokens 64 --repeat 5")]
+#[command(after_help = "Examples:
+  xllama bench --prompt-tokens 512 --gen-tokens 64 --repeat 5
+  xllama bench --train --batch 4 --prompt-tokens 256 --dtype bf16 --lora-rank 8")]
 pub struct Args {
     #[command(flatten)]
-    model: ModelArgs,
-    /// Tokens of the prompt.
+    pub(super) model: ModelArgs,
+    /// Tokens of the prompt, or of each text of a training step.
     #[arg(long, value_name = "N", default_value_t = 512, value_parser = positive)]
-    prompt_tokens: usize,
+    pub(super) prompt_tokens: usize,
     /// Tokens to generate.
     #[arg(long, value_name = "N", default_value_t = 64, value_parser = positive)]
     gen_tokens: usize,
     /// Runs that count; one more goes first.
     #[arg(long, value_name = "N", default_value_t = 5, value_parser = positive)]
-    repeat: usize,
+    pub(super) repeat: usize,
     /// Add where the time of a decoded token goes: each kernel, and what is between two tokens.
     #[arg(long, conflicts_with = "interactive")]
     profile: bool,
     /// Run once for each line on standard input and answer with a line of JSON: for measuring beside other programs.
     #[arg(long)]
-    interactive: bool,
+    pub(super) interactive: bool,
+    /// Measure steps of training.
+    #[arg(long, conflicts_with_all = ["gen_tokens", "profile"], help_heading = "Training")]
+    train: bool,
+    /// Texts of a training step.
+    #[arg(long, value_name = "B", default_value_t = 1, value_parser = positive, requires = "train", help_heading = "Training")]
+    pub(super) batch: usize,
+    #[command(flatten, next_help_heading = "Training")]
+    pub(super) training: TrainArgs,
 }
 
 fn positive(text: &str) -> Result<usize, String> {
@@ -50,6 +61,9 @@ struct Run {
 
 impl Args {
     pub fn run(self, context: &Context) -> anyhow::Result<ExitCode> {
+        if self.train {
+            return self.run_train(context);
+        }
         let loaded = self.model.load(context)?;
         context_len(&loaded.checkpoint, self.prompt_tokens.saturating_add(self.gen_tokens), 0, None)?;
         let engine = &loaded.engine;
@@ -179,14 +193,14 @@ fn ids(read: TokenRead) -> Result<Vec<u32>, Error> {
     Ok(read.wait()?.into_iter().map(|drawn| drawn.id).collect())
 }
 
-struct Spread {
-    median: f64,
-    min: f64,
-    max: f64,
+pub(super) struct Spread {
+    pub(super) median: f64,
+    pub(super) min: f64,
+    pub(super) max: f64,
 }
 
 impl Spread {
-    fn of(values: impl Iterator<Item = f64>) -> Spread {
+    pub(super) fn of(values: impl Iterator<Item = f64>) -> Spread {
         let mut values: Vec<f64> = values.collect();
         values.sort_by(f64::total_cmp);
         let middle = values.len() / 2;
@@ -194,7 +208,7 @@ impl Spread {
         Spread { median, min: values[0], max: values[values.len() - 1] }
     }
 
-    fn json(&self) -> serde_json::Value {
+    pub(super) fn json(&self) -> serde_json::Value {
         json!({ "median": self.median, "min": self.min, "max": self.max })
     }
 }

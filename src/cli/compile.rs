@@ -9,7 +9,7 @@ use xla::graph::Platform;
 use xla::wheel::PluginKind;
 use xllama::Error;
 use xllama::compile::{self, ExecutableFile, Job, Keep, Machine, Report, Row, Step, Target, presets};
-use xllama::config::{LoraConfig, LoraProjection, ModelConfig};
+use xllama::config::ModelConfig;
 use xllama::params::{Llama, Param};
 use xllama::precision::Precision;
 use xllama::runtime::{cache_len, device};
@@ -19,6 +19,7 @@ use super::model_args::{
     CacheArgs, ModelArg, Partitioner, default_dtype, fetch_options, parse_precision, report_fetch,
 };
 use super::output::Output;
+use super::train_args::TrainArgs;
 use super::{Context, table};
 
 /// Compile a program for a device that need not be there, and say what it takes and how fast it can be.
@@ -66,7 +67,7 @@ pub struct Args {
     dtype: Option<converter::Precision>,
     #[command(flatten)]
     cache: CacheArgs,
-    #[command(flatten)]
+    #[command(flatten, next_help_heading = "Training (--program train)")]
     train: TrainArgs,
     /// The plugin that compiles: the path of a file [default: XLLAMA_DEVICE if it fits the target, else the installed one].
     #[arg(long, value_name = "PATH")]
@@ -99,31 +100,6 @@ enum Which {
     Train,
 }
 
-/// What a training step is, beside its size: AdamW over f32 masters and state.
-#[derive(clap::Args)]
-#[command(next_help_heading = "Training (--program train)")]
-struct TrainArgs {
-    /// What a block keeps for its gradient; the rest is computed once more.
-    #[arg(long, value_enum, default_value_t = SaveArg::Dots)]
-    save: SaveArg,
-    /// Run the batch in N parts, one after another, and sum their gradients.
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..))]
-    microbatches: u16,
-    /// Train adapters of this rank beside all projections, and leave the parameters as they are.
-    #[arg(long, value_name = "R", value_parser = clap::value_parser!(u16).range(1..))]
-    lora_rank: Option<u16>,
-}
-
-#[derive(Clone, Copy, ValueEnum)]
-enum SaveArg {
-    /// All that the gradient reads.
-    Everything,
-    /// The results of products.
-    Dots,
-    /// Nothing but what goes into the block.
-    Nothing,
-}
-
 impl Args {
     pub fn run(self, context: &Context) -> anyhow::Result<ExitCode> {
         // Everything that can be wrong with the command line is found before a plugin is fetched.
@@ -132,7 +108,7 @@ impl Args {
         let step = match self.program {
             Which::Prefill => Step::Prefill { tokens: self.prompt_tokens as usize },
             Which::Decode => Step::Decode,
-            Which::Train => self.train.step(self.prompt_tokens as usize),
+            Which::Train => self.train.step(self.prompt_tokens as usize, Keep::Nothing),
         };
         let len = self.len(&cfg, step)?;
         if let Some(devices) = target.devices() {
@@ -199,15 +175,8 @@ impl Args {
             }
         };
         let cfg = self.layers.map_or(Ok(cfg.clone()), |layers| compile::cut(&cfg, layers))?;
-        let lora = self.train.lora_rank.filter(|_| self.program == Which::Train);
-        let lora = lora.map(|rank| LoraConfig {
-            rank: rank.into(),
-            alpha: f64::from(rank),
-            dropout: 0.0,
-            projections: LoraProjection::ALL.to_vec(),
-        });
         let mut cfg = cfg;
-        cfg.lora = lora;
+        cfg.lora = self.train.lora().filter(|_| self.program == Which::Train);
         let params = Llama::declare(&cfg).with_adapters(&cfg);
         Ok((cfg, params))
     }
@@ -262,17 +231,6 @@ impl Args {
         });
         context.print(&json, || print_rows(&rows, machine));
         Ok(ExitCode::SUCCESS)
-    }
-}
-
-impl TrainArgs {
-    fn step(&self, tokens: usize) -> Step {
-        let keep = match self.save {
-            SaveArg::Everything => Keep::Everything,
-            SaveArg::Dots => Keep::Dots,
-            SaveArg::Nothing => Keep::Nothing,
-        };
-        Step::Train { tokens, microbatches: self.microbatches.into(), keep }
     }
 }
 

@@ -2,6 +2,7 @@
 
 mod bench;
 mod bench_profile;
+mod bench_train;
 mod cache;
 mod chat;
 mod compile;
@@ -23,6 +24,7 @@ mod progress;
 mod sampling_args;
 mod table;
 mod template_args;
+mod train_args;
 
 use std::io::{self, IsTerminal};
 use std::process::ExitCode;

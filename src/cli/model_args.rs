@@ -238,6 +238,15 @@ impl ModelArgs {
 
     /// A new client with the checkpoint's parameters on its first device.
     pub fn engine(&self, context: &Context, plugin: &Path, checkpoint: &Checkpoint) -> Result<Engine, Error> {
+        let (plugin, client, options) = self.open(plugin, checkpoint)?;
+        let progress = |done, total| context.reporter.bytes("loading parameters", done, total);
+        let engine = Engine::load(plugin, client, checkpoint, options, &progress)?.with_cache(self.cache.options());
+        context.reporter.clear();
+        Ok(engine)
+    }
+
+    /// A new client, and how the checkpoint is put on its devices.
+    pub fn open(&self, plugin: &Path, checkpoint: &Checkpoint) -> Result<(Plugin, Client, LoadOptions), Error> {
         self.mesh.mesh.check(checkpoint.config())?;
         let (plugin, client) = self.device.client(plugin, self.mesh.mesh.devices())?;
         let default = default_dtype(client.platform_name(), checkpoint.config());
@@ -251,10 +260,7 @@ impl ModelArgs {
             forms: None,
             kernels: !self.mesh.no_kernels,
         };
-        let progress = |done, total| context.reporter.bytes("loading parameters", done, total);
-        let engine = Engine::load(plugin, client, checkpoint, options, &progress)?.with_cache(self.cache.options());
-        context.reporter.clear();
-        Ok(engine)
+        Ok((plugin, client, options))
     }
 }
 

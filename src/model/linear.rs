@@ -194,7 +194,8 @@ fn parts(equation: &str, x: &Tensor, weight: &Weight) -> usize {
 /// running sum over n terms loses about √n roundings, and that is what sets prefill and decode apart; sums of parts lose
 /// fewer (Higham 1993), and one row even gets faster by them.
 pub(super) fn parts_of(g: &Graph, dtype: DType, rows: usize, first: usize, terms: usize, outputs: usize) -> usize {
-    if dtype != DType::F32 || g.platform() != Platform::Cpu {
+    // A step of training has nothing that it must agree with to the last digit.
+    if dtype != DType::F32 || g.platform() != Platform::Cpu || g.training() {
         return 1;
     }
     // With many rows the parts are written and read again: too dear where the result is wider than what is summed.

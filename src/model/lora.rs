@@ -28,15 +28,15 @@ impl Adapter<'_> {
     #[track_caller]
     pub(super) fn delta(&self, equation: &str, x: &Tensor) -> Tensor {
         let Lora { a, b, dropout } = self.leaves;
-        // "BSHK,HKM->BSM" becomes "BSHK,HKL->BSL" and "BSL,LM->BSM".
+        // "BSHK,HKM->BSM" becomes "BSHK,HKJ->BSJ" and "BSJ,JM->BSM".
         let (operands, y) = equation.split_once("->").expect("an equation has an arrow");
         let (left, _) = operands.split_once(',').expect("of two operands");
         let x = match dropout {
             Some(state) if self.dropout > 0.0 => dropped(x, &state.float(), self.dropout),
             _ => x.clone(),
         };
-        let low = linear(&format!("{left},{}L->BSL", &left[2..]), &x, a, None);
-        linear(&format!("BSL,L{}->{y}", &y[2..]), &low, b, None) * self.scale
+        let low = linear(&format!("{left},{}J->BSJ", &left[2..]), &x, a, None);
+        linear(&format!("BSJ,J{}->{y}", &y[2..]), &low, b, None) * self.scale
     }
 }
 

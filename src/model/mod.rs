@@ -1,8 +1,7 @@
 //! The model as the paper has it: one file per block, einsum strings with the letters of the design.
 //!
 //! B batch, S query positions, T key positions, V vocabulary, M d_model, H query heads, G key/value heads,
-//! R = H/G query heads per key/value head, K head_dim, F d_ff, E experts, L layers (of an adapter
-//! its rank).
+//! R = H/G query heads per key/value head, K head_dim, F d_ff, E experts, J rank of an adapter, L layers.
 
 mod attention;
 mod cache_pieces;

@@ -220,7 +220,7 @@ fn stored_part(values: Vec<f32>, stored: &Param, on_mesh: &Param) -> Vec<f32> {
 
 /// What an adapter begins with (Hu et al. 2021, section 4.1): b with zeros, so that it changes nothing.
 fn first_values(param: &Param, seed: u64) -> Vec<f32> {
-    if param.axes.starts_with('L') {
+    if param.axes.starts_with('J') {
         return vec![0.0; param.elements()];
     }
     let inputs = param.elements() / param.shape.last().copied().unwrap_or(1);

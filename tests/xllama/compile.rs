@@ -239,6 +239,38 @@ fn decode_of_llama_2_on_tpu_has_the_structure_that_it_should() {
     assert!(number(&report, "cycles") > 0 && report["estimate"]["tok_s"].as_f64() > Some(0.0), "{report}");
 }
 
+/// A device has its part of parameters and state, gathers parameters layer by layer, and gradients are summed to parts at once: no
+/// sum of a whole gradient. Of large products libtpu makes rings, so that the sums go on beside the multiplication.
+#[test]
+fn training_under_fsdp_has_no_whole_gradient() {
+    let size = ["--model", "llama-2-7b", "--layers", "2", "--prompt-tokens", "128", "--mesh", "fsdp=8"];
+    let report = tpu("v5e:2x4", &[&size[..], &["--program", "train", "--save", "nothing"]].concat());
+    let memory = &report["per_device"];
+    let parameters = 2 * (4 * 4096 * 4096 + 3 * 4096 * 11_008 + 2 * 4096) + 2 * 32_000 * 4096 + 4096;
+    assert_eq!((&report["ok"], number(memory, "weights")), (&true.into(), 4 * parameters / 8), "{memory}");
+    assert_eq!(number(memory, "state"), 8 * parameters / 8, "{memory}");
+    assert!(number(memory, "aliased") >= 12 * parameters / 8, "parameters and state are not donated: {memory}");
+    let bytes = &report["collective_bytes"];
+    let of = |kind: &str| bytes[kind].as_u64().unwrap_or(0);
+    assert!(of("all-reduce") < 1 << 20, "{bytes}");
+    // bf16: what each layer has and the two tables, gathered forwards, and the layers' backwards.
+    assert!(of("all-gather") >= 2 * parameters, "{bytes}");
+    // Of the embedding devices exchange the rows that were looked up.
+    let summed = parameters - 32_000 * 4096;
+    assert!(of("reduce-scatter") + of("collective-permute") >= 2 * summed / 8, "{bytes}");
+    assert!(report["utilization"].as_f64().is_some_and(|part| part > 0.0 && part < 1.0), "{report}");
+}
+
+#[test]
+fn a_training_step_is_no_program_to_write() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let out = folder.path().join("train.program");
+    let train = ["compile", "--target", "cpu", "--model", "llama-2-7b", "--layers", "1", "--program", "train"];
+    let with = |more: &[&str]| run(train.iter().chain(more));
+    with(&["-o", out.to_str().expect("UTF-8")]).fails(2, &["--out", "a training step is none"]);
+    with(&["--batch", "3", "--microbatches", "2"]).fails(2, &["--microbatches", "3 texts", "as many parts"]);
+}
+
 /// What the codes stand for never lies in memory: floats are made of them inside of the products.
 #[test]
 fn integers_stay_integers_on_a_tpu() {

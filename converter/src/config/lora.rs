@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 /// The adapters of a model, in the words of peft's `adapter_config.json`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct LoraConfig {
-    /// The rank of a·b (L), at least 1.
+    /// The rank of a·b (J), at least 1.
     #[serde(rename = "r")]
     pub rank: usize,
     /// What a·b is multiplied with, times the rank.

@@ -253,7 +253,7 @@ impl ModelConfig {
             'G' => (self.n_kv_heads, "key/value heads", "kv_heads"),
             'K' => (self.head_dim, "head_dim", "head_dim"),
             'F' => (self.d_ff, "intermediate", "mlp"),
-            'L' => (self.lora.as_ref().map_or(0, |lora| lora.rank), "rank", "rank"),
+            'J' => (self.lora.as_ref().map_or(0, |lora| lora.rank), "rank", "rank"),
             other => unreachable!("axis letter {other}"),
         };
         Axis { size, noun, logical }

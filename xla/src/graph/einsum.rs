@@ -2,6 +2,7 @@
 
 use std::panic::Location;
 
+use super::Platform;
 use super::aval::Aval;
 use super::tensor::Tensor;
 use crate::DType;
@@ -108,7 +109,11 @@ pub fn einsum_as(spec: &str, left: &Tensor, right: &Tensor, dtype: DType) -> Ten
         graph.fail(location, format!("einsum {spec:?}: {message}"));
         return graph.placeholder(Aval::new(dtype, &parsed.shape(&operands)));
     }
-    let common = promote(left.dtype(), right.dtype());
+    let mut common = promote(left.dtype(), right.dtype());
+    if graph.training() && graph.platform() == Platform::Cpu && matches!(common, DType::BF16 | DType::F16) {
+        // XLA:CPU multiplies matrices of 16 bits one element after another, 30 times slower; in f32 the products are the same.
+        common = DType::F32;
+    }
     let (left, right) = (left.cast(common), right.cast(common));
     let out = &parsed.output;
     // Letters of one operand alone that the result leaves out are summed first.
