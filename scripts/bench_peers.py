@@ -3,6 +3,7 @@
 
     python3 scripts/bench_peers.py [--model DIR] [--peers llama.cpp,candle] [--dtype f32|bf16|int8|int4] [--json]
     python3 scripts/bench_peers.py --shape llama-3.2-1b --dtype bf16 --peers none
+    python3 scripts/bench_peers.py --train [--dtype f32|bf16] [--lora 8] [--batch 4] [--tokens 256] [--json]
 
 Every engine reads the same checkpoint (a folder in Hugging Face form; by default SmolLM2, written into the cache by
 `xllama export-hf smollm2-135m`; with --shape random weights of a known model's shape, drawn once into the cache),
@@ -18,6 +19,8 @@ Each runs as a process that loads and warms up once and then does one repetition
 known, which needs the last position's logits only; decoding is one step a token. Ratios are medians of the rounds' own
 ratios, since a machine's speed drifts.
 
+With --train a repetition is one step of training, beside jax and torch: train_peers.py says what a step is.
+
 Peers are installed on first use, each into a virtual environment in the cache folder (XDG_CACHE_HOME or ~/.cache, then
 xllama/venvs), pinned below: jax 0.7 GB; torch 5.6 GB (shared with make_golden.py); llama.cpp is compiled from the
 source package of llama-cpp-python for this very CPU, which needs a C++ compiler and takes 5 to 30 minutes, once;
@@ -27,6 +30,7 @@ whose threads spin while they wait for each other (torch, llama.cpp) lose far mo
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import math
@@ -60,6 +64,7 @@ DTYPES = {
     "llama.cpp": ["f32", "bf16", "int8", "int4"],
     "candle": ["f32", "int8", "int4"],  # its products on a CPU take no bf16
 }
+TRAINING = ["jax", "torch"]  # who trains
 GGUF_WEIGHTS = {"f32": "F32", "bf16": "BF16", "int8": "Q8_0", "int4": "Q4_0"}
 GGUF_CACHE = {"f32": "F32", "bf16": "BF16", "int8": "F16", "int4": "F16"}
 CANDLE = "0.11.1"
@@ -100,28 +105,39 @@ def parse_arguments():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("--model", metavar="DIR", help="a checkpoint in Hugging Face form (default: SmolLM2-135M)")
     ap.add_argument("--shape", choices=SHAPES, help="random bf16 weights of this model's shape instead of --model")
-    ap.add_argument("--peers", default=",".join(PEERS), help="which, comma-separated, or none (default: %(default)s)")
+    ap.add_argument("--peers", help=f"which of {', '.join(PEERS)}, comma-separated, or none (default: all that can)")
     ap.add_argument("--dtype", choices=GGUF_WEIGHTS, default="f32", help="of weights and arithmetic")
     ap.add_argument("--prompt-tokens", type=int, default=512, metavar="N")
     ap.add_argument("--gen-tokens", type=int, default=64, metavar="N")
-    ap.add_argument("--repeat", type=int, default=7, metavar="N", help="rounds (default: %(default)s)")
+    ap.add_argument("--repeat", "--rounds", type=int, default=7, metavar="N", help="rounds (default: %(default)s)")
     ap.add_argument("--cores", type=int, metavar="N", help="let every engine use N cores (default: all)")
     ap.add_argument("--xllama", metavar="BIN", help="the binary (default: target/release/xllama, else on PATH)")
     ap.add_argument("--without-xllama", action="store_true", help="only the peers")
     ap.add_argument("--json", action="store_true", help="JSON on standard output, the table on standard error")
+    ap.add_argument("--train", action="store_true", help="one step of training instead of prefill and decoding")
+    ap.add_argument("--batch", type=int, default=4, metavar="N", help="texts of a training step (default: %(default)s)")
+    ap.add_argument("--tokens", type=int, default=256, metavar="N", help="of each such text (default: %(default)s)")
+    ap.add_argument("--lora", type=int, default=0, metavar="RANK", help="train adapters of this rank; 0: all weights")
     ap.add_argument("--worker", choices=PEERS, help=argparse.SUPPRESS)
     ap.add_argument("--candle", metavar="BIN", help=argparse.SUPPRESS)
     ap.add_argument("--write-random", metavar="DIR", help=argparse.SUPPRESS)
     args = ap.parse_args()
     if args.shape and args.model:
         ap.error("--shape and --model are two models: give one of them")
-    args.peers = [p for p in args.peers.split(",") if p and args.peers != "none"]
+    able = TRAINING if args.train else list(PEERS)
+    args.peers = able if args.peers is None else [p for p in args.peers.split(",") if p and args.peers != "none"]
     for peer in args.peers:
-        if peer not in PEERS:
-            ap.error(f"--peers: expected some of {', '.join(PEERS)}, found {peer}")
-    for option in ("prompt_tokens", "gen_tokens", "repeat"):
-        if getattr(args, option) < 1:
-            ap.error(f"--{option.replace('_', '-')} must be at least 1, found {getattr(args, option)}")
+        if peer not in able:
+            ap.error(f"--peers: expected some of {', '.join(able)}, found {peer}")
+    for option in ("prompt_tokens", "gen_tokens") if args.train else ("batch", "tokens", "lora"):
+        if getattr(args, option) != ap.get_default(option):
+            ap.error(f"--{option.replace('_', '-')} is for runs with{'out' if args.train else ''} --train")
+    if args.train and args.dtype not in ("f32", "bf16"):
+        ap.error(f"--train: --dtype must be f32 or bf16, found {args.dtype}")
+    # the last token of a text has no target
+    for option, least in {"prompt_tokens": 1, "gen_tokens": 1, "repeat": 1, "batch": 1, "tokens": 2, "lora": 0}.items():
+        if getattr(args, option) < least:
+            ap.error(f"--{option.replace('_', '-')} must be at least {least}, found {getattr(args, option)}")
     return args
 
 
@@ -190,7 +206,7 @@ def candle_binary():
 
 class Engine:
     """A process that prints {"ready": true} when loaded, and for each line `run` one JSON object with prefill_tok_s and
-    decode_tok_s. Stopped whenever it is not its turn."""
+    decode_tok_s, or what train_peers.py asks for. Stopped whenever it is not its turn."""
 
     def __init__(self, name, command):
         self.name, self.log = name, CACHE / "bench" / f"{name}.log"
@@ -198,7 +214,8 @@ class Engine:
             self.process = subprocess.Popen(
                 [str(c) for c in command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
             )
-        self.versions = self.read().get("versions")
+        self.ready = self.read()
+        self.versions = self.ready.get("versions")
         self.process.send_signal(signal.SIGSTOP)
 
     def read(self):
@@ -349,7 +366,15 @@ def busy_cores():
     return max(0.0, os.cpu_count() - (idle() - before) / (time.perf_counter() - begin))
 
 
-def drive(args):
+def warn_if_busy():
+    busy = busy_cores()
+    if busy > 0.2:
+        say(f"warning: other processes keep {busy:.1f} of {os.cpu_count()} cores busy; the figures will not be fair")
+    return busy
+
+
+def prepare(args):
+    """Settles cores, folders and the model. -> the path of xllama, or None"""
     if args.cores:
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.cores])  # the engines inherit it
     (CACHE / "bench").mkdir(parents=True, exist_ok=True)
@@ -361,24 +386,19 @@ def drive(args):
             raise BenchError("--without-xllama needs --model DIR or --shape")
         args.model = default_model(xllama)
     args.model = os.path.abspath(args.model)
-    common = [
-        "--model",
-        args.model,
-        "--dtype",
-        args.dtype,
-        "--prompt-tokens",
-        args.prompt_tokens,
-        "--gen-tokens",
-        args.gen_tokens,
-    ]
-    commands = {} if xllama is None else {"xllama": [xllama, "bench", *common, "--interactive"]}
+    return xllama
+
+
+@contextlib.contextmanager
+def loaded(args, ours, options):
+    """(engines, who is left out and why): ours, by its command or None, and each of --peers, given the options."""
     engines, left_out = [], {}
     try:
-        for name in [*commands, *args.peers]:
+        for name in [*(["xllama"] if ours else []), *args.peers]:
             try:
                 if args.dtype not in DTYPES.get(name, [args.dtype]):
                     raise BenchError(f"has no {args.dtype} here")
-                command = commands.get(name) or [environment(name), __file__, *common, "--worker", name]
+                command = ours if name == "xllama" else [environment(name), __file__, *options, "--worker", name]
                 if name == "candle":
                     command += ["--candle", candle_binary()]
                 say(f"loading {name}")
@@ -390,23 +410,44 @@ def drive(args):
                 say(f"left out: {name}: {e}")
         if not engines:
             raise BenchError("no engine left to measure")
+        yield engines, left_out
+    finally:
+        for e in engines:
+            e.end()
+
+
+def in_turn(engines, i):
+    """The order of round i."""
+    shift = i % len(engines)
+    return engines[shift:] + engines[:shift]
+
+
+def drive(args):
+    xllama = prepare(args)
+    common = [
+        "--model",
+        args.model,
+        "--dtype",
+        args.dtype,
+        "--prompt-tokens",
+        args.prompt_tokens,
+        "--gen-tokens",
+        args.gen_tokens,
+    ]
+    ours = xllama and [xllama, "bench", *common, "--interactive"]
+    with loaded(args, ours, common) as (engines, left_out):
         greedy = {}
         if (Path(args.model) / "tokenizer.json").exists():
             greedy = {
                 e.name: xllama_greedy(xllama, args) if e.name == "xllama" else e.ask("greedy")["tokens"]
                 for e in engines
             }
-        busy = busy_cores()
-        if busy > 0.2:
-            say(
-                f"warning: other processes keep {busy:.1f} of {os.cpu_count()} cores busy; the figures will not be fair"
-            )
+        busy = warn_if_busy()
         samples = {e.name: {"prefill_tok_s": [], "decode_tok_s": []} for e in engines}
         for e in engines:
             e.ask("run")  # warm: not counted
         for i in range(args.repeat):
-            shift = i % len(engines)
-            for e in engines[shift:] + engines[:shift]:
+            for e in in_turn(engines, i):
                 answer = e.ask("run")
                 for key, values in samples[e.name].items():
                     values.append(answer[key])
@@ -414,24 +455,34 @@ def drive(args):
                 f"round {i + 1} of {args.repeat}: "
                 + "  ".join(f"{n} {s['prefill_tok_s'][-1]:.0f}/{s['decode_tok_s'][-1]:.1f}" for n, s in samples.items())
             )
-    finally:
-        for e in engines:
-            e.end()
     return report(args, {e.name: e.versions for e in engines}, samples, greedy, left_out, busy)
 
 
-def report(args, versions, samples, greedy, left_out, busy):
+def cpu_name():
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), "?")
+
+
+def over_peers(samples):
+    """{peer: {key: the median of the rounds' ratios, ours over the peer's}}"""
     ratios = {}
     for peer in samples.keys() - {"xllama"} if "xllama" in samples else ():
         ratios[peer] = {
             key: statistics.median(a / b for a, b in zip(ours, samples[peer][key]))
             for key, ours in samples["xllama"].items()
         }
+    return ratios
+
+
+def cell(values):
+    s = summary(values)
+    return f"{s['median']:8.1f} ({s['min']:.1f}–{s['max']:.1f})"
+
+
+def report(args, versions, samples, greedy, left_out, busy):
+    ratios = over_peers(samples)
     equal = len(set(map(tuple, greedy.values()))) <= 1
-    cpu = next(
-        (x.split(":")[1].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("model name")),
-        "?",
-    )
+    cpu = cpu_name()
     result = {
         "model": Path(args.model).name,
         "dtype": args.dtype,
@@ -449,10 +500,6 @@ def report(args, versions, samples, greedy, left_out, busy):
         "greedy_tokens": greedy,
     }
     table = sys.stderr if args.json else sys.stdout
-
-    def cell(values):
-        s = summary(values)
-        return f"{s['median']:8.1f} ({s['min']:.1f}–{s['max']:.1f})"
 
     print(f"{result['model']}, {args.dtype}, batch 1, {cpu}, {result['cores']} cores", file=table)
     print(f"tok/s, median (min–max) of {args.repeat} rounds", file=table)
@@ -480,12 +527,18 @@ def report(args, versions, samples, greedy, left_out, busy):
 # --------------------------------------------------------------------------- inside a peer's environment: its engine
 
 
+def answering():
+    """A function that sends a value to the driver; what libraries print goes to the log."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    return lambda value: print(json.dumps(value), file=answers, flush=True)
+
+
 def serve(args):
     """Answers the driver. An engine maps (ids, count) to (prefill seconds, decode seconds, 1 + count tokens)."""
     if args.worker == "candle":
         become_candle(args)
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # libraries may print what they like
+    answer = answering()
     config = json.loads((Path(args.model) / "config.json").read_text())
     engine, versions = {"jax": jax_engine, "torch": torch_engine, "llama.cpp": llama_cpp_engine}[args.worker](
         args, config
@@ -493,10 +546,6 @@ def serve(args):
     # the same ids everywhere; speed does not depend on which
     prompt = [(7919 * i + 17) % config["vocab_size"] for i in range(args.prompt_tokens)]
     engine(prompt, args.gen_tokens)
-
-    def answer(value):
-        print(json.dumps(value), file=answers, flush=True)
-
     answer({"ready": True, "versions": versions})
     for line in sys.stdin:
         if line.strip() == "greedy":
@@ -944,10 +993,16 @@ def main():
     try:
         if args.write_random:
             sys.exit(write_random(Path(args.write_random), SHAPES[args.shape]))
+        if args.train:
+            import train_peers
+
+            sys.exit(train_peers.serve(args) if args.worker else train_peers.drive(args))
         sys.exit(serve(args) if args.worker else drive(args))
     except BenchError as e:
         sys.exit(f"error: {e}")
 
 
 if __name__ == "__main__":
-    main()
+    import bench_peers  # by the name that train_peers.py imports: a second copy would raise a BenchError of its own
+
+    bench_peers.main()
