@@ -361,6 +361,42 @@ fn dropout_is_the_seeds_and_has_its_own_gradient() {
 }
 
 #[test]
+fn what_was_trained_is_a_checkpoint() {
+    // On this mesh heads have copies and the vocabulary of 223 is padded.
+    let name = "gqa4-llama3-bias";
+    let case = &vectors().cases[name];
+    let checkpoint = Checkpoint::open(Path::new(&golden(name))).expect("a checkpoint");
+    let folder = tempfile::tempdir().expect("a folder");
+    let save = |mesh: &str| {
+        let mut slow = spec(case, 1);
+        slow.schedule.peak = 0.5;
+        let mut trainer = load(&checkpoint, floats(F32, mesh), (None, 0), slow).expect("it loads");
+        let (tokens, targets) = batch(case);
+        trainer.step(&tokens, &targets).expect("a step");
+        let dst = folder.path().join(if mesh.is_empty() { "one" } else { "four" });
+        trainer.save(&checkpoint, &dst).expect("saved");
+        // A folder that is there is left as it is.
+        assert!(trainer.save(&checkpoint, &dst).is_err());
+        Checkpoint::open(&dst).expect("a checkpoint")
+    };
+    let read = |checkpoint: &Checkpoint, param| -> Vec<f32> {
+        let array = checkpoint.read(param, converter::DType::F32).expect("a parameter");
+        array.to_f32().into_iter().collect()
+    };
+    let (one, four) = (save(""), save("model=4"));
+    for (i, param) in one.params().iter().into_iter().enumerate() {
+        let (found, wanted) = (read(&four, four.params().iter()[i]), read(&one, param));
+        let before = read(&checkpoint, checkpoint.params().iter()[i]);
+        let far = |a: &[f32], b: &[f32]| norm(&a.iter().zip(b).map(|(a, b)| f64::from(a - b)).collect::<Vec<_>>());
+        let way = far(&wanted, &before);
+        assert!(way > 0.0 && far(&found, &wanted) < 1e-4 * way, "{}: {}", param.name, far(&found, &wanted) / way);
+    }
+    let adapters = trainer(name, floats(F32, ""), (Some(lora(0.0)), 7), spec(case, 1));
+    let refused = adapters.save(&checkpoint, &folder.path().join("lora")).expect_err("no checkpoint").to_string();
+    assert!(refused.contains("adapters alone are no checkpoint"), "{refused}");
+}
+
+#[test]
 fn what_cannot_be_trained_is_named() {
     let case = &vectors().cases["gqa2"];
     let checkpoint = Checkpoint::open(Path::new(&golden("gqa2"))).expect("a checkpoint");
