@@ -29,7 +29,7 @@ pub fn declare(g: &Graph, array: &DeviceArray, dtype: DType) -> Tensor {
 }
 
 /// The parameters as the model reads them, of what `tensor` gives for each of their arrays, in tree order: cast to the array's
-/// type. What `fsdp` splits of a block is whole again where the block is computed, one gather for each parameter.
+/// type. What `fsdp` splits is whole again where it is computed with, one gather for each parameter.
 pub fn weights(
     g: &Graph,
     params: &Llama<Param>,
@@ -63,12 +63,7 @@ pub fn weights(
         }
     };
     let tree = params.as_ref().map(&mut |p| weight(p));
-    Llama {
-        embedding: tree.embedding.whole(),
-        final_norm: tree.final_norm.whole(),
-        lm_head: tree.lm_head.map(|head| head.whole()),
-        ..tree
-    }
+    Llama { final_norm: tree.final_norm.whole(), ..tree }
 }
 
 /// The parameters with the shapes that they have on a mesh: key/value heads repeated where there are more devices, the

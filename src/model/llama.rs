@@ -22,6 +22,8 @@ pub const TAKE_ROWS: &str = "xllama.take_rows";
 /// The rows `tokens` (B, S) of the embedding, (B, S, M) f32.
 #[track_caller]
 fn embed(embedding: &Weight, tokens: &Tensor) -> Tensor {
+    // Rows of parts are gathered, and not the table.
+    let embedding = embedding.in_parts();
     match embedding {
         Weight::Float(table) if !tokens.graph().has_kernel(TAKE_ROWS) => return table.take(tokens, 0).cast(DType::F32),
         Weight::Grouped(table) => return table.take(tokens).float().cast(DType::F32),
@@ -258,6 +260,19 @@ fn float_head(hidden: &Tensor, head: &Weight, tied: bool) -> Tensor {
     }
 }
 
+/// Hidden states (B, S, M) and the head as they are multiplied. Of a head that `fsdp` splits along what is contracted, each device
+/// takes its own part while the rows are few: sums of partial logits are less to send than the matrix, the largest of all.
+#[track_caller]
+fn head_operands(hidden: &Tensor, head: &Weight) -> (Tensor, Weight) {
+    let g = hidden.graph();
+    let (batch, parts) = (g.mesh_axes("batch"), g.mesh_axes("embed"));
+    let few = 2 * hidden.dim(0) * hidden.dim(1) < hidden.dim(2);
+    match few && !parts.is_empty() && parts.iter().all(|axis| !batch.contains(axis)) {
+        true => (hidden.shard(["batch", "", "embed"]), head.in_parts().clone()),
+        false => (hidden.clone(), head.whole()),
+    }
+}
+
 /// Logits (B, S, V) in f32 of normalised hidden states (B, S, M); a tied head reads the embedding (V, M). Where a mesh pads
 /// the vocabulary, the logits past it are −∞.
 #[track_caller]
@@ -265,7 +280,10 @@ pub fn lm_head(p: &Llama<Weight>, hidden: &Tensor, cfg: &ModelConfig) -> Tensor 
     let (weight, tied) = (p.lm_head.as_ref().unwrap_or(&p.embedding), p.lm_head.is_none());
     let logits = match weight {
         weight if takes_kernel(hidden, weight) => by_kernel(hidden, &[(1, weight)], tied).remove(0),
-        weight => float_head(hidden, weight, tied),
+        weight => {
+            let (hidden, weight) = head_operands(hidden, weight);
+            float_head(&hidden, &weight, tied)
+        }
     };
     let logits = match cfg.logit_softcap {
         Some(cap) => (logits / cap).tanh() * cap,

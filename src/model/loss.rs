@@ -135,8 +135,16 @@ fn vocabulary(p: &Llama<Weight>, hidden: &Tensor, ids: &Tensor, cfg: &ModelConfi
         let inputs = [&hidden, ids, &block, &first, &sums[0], &sums[1], &sums[2], &sums[3]];
         let next = g.checkpoint("vocabulary_block", Save::Nothing, &inputs, |args| {
             let [hidden, ids, block, first, highest, total, target, all] = args else { return args.to_vec() };
-            let equation = if tied { "NM,PVM->NPV" } else { "NM,MPV->NPV" };
-            let logits = einsum_as(equation, hidden, block, F32);
+            let logits = match (parts, tied) {
+                // A matrix is what XLA:CPU multiplies without turning it.
+                (1, true) => einsum_as("NM,VM->NV", hidden, &block.reshape(&block.shape()[1..]), F32).expand_dims(1),
+                (1, false) => {
+                    let matrix = block.reshape(&[block.dim(0), block.dim(2)]);
+                    einsum_as("NM,MV->NV", hidden, &matrix, F32).expand_dims(1)
+                }
+                (_, true) => einsum_as("NM,PVM->NPV", hidden, block, F32),
+                (_, false) => einsum_as("NM,MPV->NPV", hidden, block, F32),
+            };
             let logits = match cfg.logit_softcap {
                 Some(cap) => (logits / cap).tanh() * cap,
                 None => logits,

@@ -66,6 +66,14 @@ impl Weight {
         })
     }
 
+    /// It as it lies on the devices, without a gather.
+    pub fn in_parts(&self) -> &Weight {
+        match self {
+            Weight::Split(split) => &split.weight,
+            weight => weight,
+        }
+    }
+
     /// The same weight made of other tensors: `next` gives as many as [`Weight::tensors`] has.
     pub fn with(&self, mut next: impl FnMut() -> Tensor) -> Weight {
         self.each(|_| next())

@@ -239,6 +239,26 @@ fn decode_of_llama_2_on_tpu_has_the_structure_that_it_should() {
     assert!(number(&report, "cycles") > 0 && report["estimate"]["tok_s"].as_f64() > Some(0.0), "{report}");
 }
 
+/// The embedding, which is the head too, is the largest of all: a step looks up rows of its parts, and sums partial logits.
+#[test]
+fn a_step_under_fsdp_gathers_layers_and_no_table() {
+    let size =
+        ["--model", "llama-3.2-1b", "--layers", "1", "--mesh", "fsdp=4", "--target", "cpux4", "--max-seq", "128"];
+    let (m, vocab) = (2048, 128_256);
+    let layer = 2 * m * m + 2 * m * 512 + 3 * m * 8192;
+    for program in ["decode", "prefill"] {
+        let report =
+            run(["compile", "--program", program, "--prompt-tokens", "64", "--json"].iter().chain(&size)).json();
+        let bytes = &report["collective_bytes"];
+        let gathered = number(bytes, "all-gather");
+        assert!(gathered >= 4 * layer && gathered < 4 * layer * 101 / 100, "{program}: {layer}: {bytes}");
+        assert!(
+            number(bytes, "all-reduce") >= 4 * vocab && number(bytes, "all-reduce") < 5 * vocab,
+            "{program}: {bytes}"
+        );
+    }
+}
+
 /// A device has its part of parameters and state, gathers parameters layer by layer, and gradients are summed to parts at once: no
 /// sum of a whole gradient. Of large products libtpu makes rings, so that the sums go on beside the multiplication.
 #[test]
