@@ -7,6 +7,7 @@
 mod isa;
 pub mod attention;
 pub mod experts;
+mod gate;
 pub mod linear;
 mod norm;
 pub mod packed;
@@ -16,8 +17,9 @@ mod sample;
 mod scratch;
 pub mod simd;
 
+pub use gate::{Activation, gate, gate_gradient};
 pub use isa::Isa;
-pub use linear::{Activation, Linear, Order, Values, Weight, gated, linear, take_rows};
+pub use linear::{Linear, Order, Values, Weight, gated, linear, take_rows};
 pub use norm::rms_norm;
 pub use packed::Packed;
 pub use pool::{Pool, Serial, Threads};

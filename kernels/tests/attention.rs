@@ -1,7 +1,7 @@
 //! Attention against a plain f64 reference: random sizes, every type of cache, every instruction set of this machine.
 
 use half::{bf16, f16};
-use kernels::attention::{Attend, Kv, Sizes, attend};
+use kernels::attention::{Attend, Gradients, Kv, Sizes, attend, attend_gradient};
 use kernels::{Isa, Serial, Threads};
 use proptest::prelude::*;
 
@@ -145,6 +145,106 @@ impl Case {
         Inputs { q, k: Array::new(self.kind, &k, width), v: Array::new(self.kind, &v, width), positions, key_positions }
     }
 
+    /// The keys that the query of a slot at this position sees.
+    fn seen(&self, inputs: &Inputs, slot: usize, position: i64) -> Vec<usize> {
+        let keys = self.sizes.keys;
+        let key = |t: usize| inputs.key_positions.as_ref().map_or(t as i64, |held| i64::from(held[slot * keys + t]));
+        let near = |key: i64| self.window.is_none_or(|window| key > position - window as i64);
+        (0..keys).filter(|&t| (0..=position).contains(&key(t)) && near(key(t))).collect()
+    }
+
+    /// The gradients of q, k and v in f64 for a cotangent, and how far f32 may be from them; before them the output, without the
+    /// rounding of weights.
+    fn gradients(&self, inputs: &Inputs, cotangent: &[f32]) -> (Vec<f32>, [Vec<(f64, f64)>; 3]) {
+        let Sizes { batch, queries, groups, heads, width, keys } = self.sizes;
+        let mut outs = vec![0.0; cotangent.len()];
+        let mut found = [cotangent.len(), batch * groups * keys * width, batch * groups * keys * width]
+            .map(|n| vec![(0.0, 0.0); n]);
+        for (row, ct) in cotangent.chunks(width).enumerate() {
+            let (g, token) = (row / heads % groups, row / heads / groups);
+            let (b, position) = (token / queries, i64::from(inputs.positions[token]));
+            let q: Vec<f64> = inputs.q[row * width..][..width].iter().map(|&q| rounded(self.kind, q.into())).collect();
+            let ct: Vec<f64> = ct.iter().map(|&ct| ct.into()).collect();
+            let seen = self.seen(inputs, b, position);
+            let at = |t: usize| ((b * groups + g) * keys + t) * width;
+            let dot = |x: &[f64], of: &Array, t: usize| -> f64 {
+                x.iter().enumerate().map(|(i, x)| x * of.get(at(t) + i, width)).sum()
+            };
+            let size = |x: &[f64], of: &Array, t: usize| -> f64 {
+                x.iter().enumerate().map(|(i, x)| (x * of.get(at(t) + i, width)).abs()).sum()
+            };
+            let cap = self.softcap.map(f64::from);
+            let scores: Vec<f64> = seen.iter().map(|&t| dot(&q, &inputs.k, t)).collect();
+            let capped = |score: f64| cap.map_or(score, |cap| (score / cap).tanh() * cap);
+            let highest = scores.iter().map(|&score| capped(score)).fold(f64::NEG_INFINITY, f64::max);
+            let weights: Vec<f64> = scores.iter().map(|&score| (capped(score) - highest).exp()).collect();
+            let total: f64 = weights.iter().sum();
+            let slopes: Vec<f64> = seen.iter().map(|&t| dot(&ct, &inputs.v, t)).collect();
+            let sizes: Vec<f64> = seen.iter().map(|&t| size(&ct, &inputs.v, t)).collect();
+            let mean = |x: &[f64]| weights.iter().zip(x).map(|(w, x)| w / total * x).sum::<f64>();
+            let (delta, most) = (mean(&slopes), mean(&sizes));
+            let error = seen.iter().map(|&t| 1e-5 + 1e-6 * size(&q, &inputs.k, t)).fold(0.0, f64::max);
+            for (i, &t) in seen.iter().enumerate() {
+                let p = weights[i] / total;
+                let bend = cap.map_or(1.0, |cap| 1.0 - (scores[i] / cap).tanh().powi(2));
+                let (slope, slack) = (p * (slopes[i] - delta) * bend, error * p * (sizes[i] + most));
+                for d in 0..width {
+                    outs[row * width + d] += (p * inputs.v.get(at(t) + d, width)) as f32;
+                    let mut add = |which: usize, at: usize, value: f64, slack: f64| {
+                        let (sum, tolerance): &mut (f64, f64) = &mut found[which][at];
+                        *sum += value;
+                        *tolerance += slack;
+                    };
+                    let k = inputs.k.get(at(t) + d, width);
+                    add(0, row * width + d, slope * k, slack * k.abs());
+                    add(1, at(t) + d, slope * q[d], slack * q[d].abs());
+                    add(2, at(t) + d, p * ct[d], error * p * ct[d].abs());
+                }
+            }
+        }
+        (outs, found)
+    }
+
+    fn check_gradients(&self) -> Result<(), TestCaseError> {
+        let inputs = self.inputs();
+        let mut random = Random(self.seed ^ 1);
+        let cotangent: Vec<f32> = inputs.q.iter().map(|_| random.next()).collect();
+        let (out, expected) = self.gradients(&inputs, &cotangent);
+        let q: Vec<f32> = inputs.q.iter().map(|&q| rounded(self.kind, q.into()) as f32).collect();
+        for isa in Isa::ALL.into_iter().filter(|isa| isa.available()) {
+            for pool in [&Serial as &dyn kernels::Pool, &Threads(2), &Threads(7)] {
+                let [mut dq, mut dk, mut dv] = expected.each_ref().map(|x| vec![f32::NAN; x.len()]);
+                let mut gradients = Gradients { q: &mut dq, k: &mut dk, v: &mut dv };
+                attend_gradient(isa, pool, &self.problem(&inputs, &q), &out, &cotangent, &mut gradients);
+                for (name, found, expected) in
+                    [("q", dq, &expected[0]), ("k", dk, &expected[1]), ("v", dv, &expected[2])]
+                {
+                    for (i, (&found, &(expected, tolerance))) in found.iter().zip(expected).enumerate() {
+                        let error = (f64::from(found) - expected).abs();
+                        prop_assert!(
+                            error <= tolerance + 1e-6,
+                            "{isa:?} {self:?} gradient of {name}, element {i}: {found}, not {expected} ± {tolerance}"
+                        );
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn problem<'a>(&self, inputs: &'a Inputs, q: &'a [f32]) -> Attend<'a> {
+        Attend {
+            q,
+            k: inputs.k.view(),
+            v: inputs.v.view(),
+            positions: &inputs.positions,
+            key_positions: inputs.key_positions.as_deref(),
+            window: self.window,
+            softcap: self.softcap,
+            sizes: self.sizes,
+        }
+    }
+
     /// The output in f64, and how far f32 may be from it: rounding of sums, and for each weight that lies so close to
     /// the middle of two values of the cache's type that f32 may round it to the other.
     fn reference(&self, inputs: &Inputs) -> Vec<(f64, f64)> {
@@ -157,12 +257,7 @@ impl Case {
             let row = |t: usize| ((b * groups + g) * keys + t) * width;
             let at = (((b * queries + s) * groups + g) * heads + r) * width;
             let q: Vec<f64> = inputs.q[at..at + width].iter().map(|&q| rounded(self.kind, q.into())).collect();
-            let seen: Vec<usize> = (0..keys)
-                .filter(|&t| {
-                    let key = inputs.key_positions.as_ref().map_or(t as i64, |held| i64::from(held[b * keys + t]));
-                    key >= 0 && key <= position && self.window.is_none_or(|window| key > position - window as i64)
-                })
-                .collect();
+            let seen = self.seen(inputs, b, position);
             let q = &q;
             let products = |t: usize| q.iter().enumerate().map(move |(i, q)| q * inputs.k.get(row(t) + i, width));
             let scores: Vec<f64> = seen
@@ -200,17 +295,7 @@ impl Case {
         for isa in Isa::ALL.into_iter().filter(|isa| isa.available()) {
             for pool in [&Serial as &dyn kernels::Pool, &threads] {
                 let mut out = vec![f32::NAN; expected.len()];
-                let problem = Attend {
-                    q: &inputs.q,
-                    k: inputs.k.view(),
-                    v: inputs.v.view(),
-                    positions: &inputs.positions,
-                    key_positions: inputs.key_positions.as_deref(),
-                    window: self.window,
-                    softcap: self.softcap,
-                    sizes: self.sizes,
-                };
-                attend(isa, pool, &problem, &mut out);
+                attend(isa, pool, &self.problem(&inputs, &inputs.q), &mut out);
                 for (i, (&out, &(expected, tolerance))) in out.iter().zip(&expected).enumerate() {
                     let error = (f64::from(out) - expected).abs();
                     prop_assert!(
@@ -265,6 +350,32 @@ proptest! {
     fn many_queries(case in cases(9usize..71, 200)) {
         case.check()?;
     }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: if cfg!(miri) { 2 } else { 48 }, failure_persistence: None, ..Default::default() })]
+
+    #[test]
+    fn gradients_of_few_and_many_queries(case in cases(prop_oneof![1usize..9, 9usize..71], 200)) {
+        match case.kind {
+            Type::I8 => Case { kind: Type::F32, ..case },
+            _ => case,
+        }.check_gradients()?;
+    }
+}
+
+/// Integers do not change by little.
+#[test]
+#[should_panic(expected = "one float type, found int8")]
+fn codes_have_no_gradient() {
+    let sizes = Sizes { batch: 1, queries: 1, groups: 1, heads: 1, width: 2, keys: 1 };
+    let code = || Kv::I8 { q: &[1, 2], scales: &[1.0] };
+    let (q, ct) = ([1.0; 2], [1.0; 2]);
+    let (k, v) = (code(), code());
+    let problem = Attend { q: &q, k, v, positions: &[0], key_positions: None, window: None, softcap: None, sizes };
+    let [mut dq, mut dk, mut dv] = [[0.0; 2]; 3];
+    let mut gradients = Gradients { q: &mut dq, k: &mut dk, v: &mut dv };
+    attend_gradient(Isa::Portable, &Serial, &problem, &[0.0; 2], &ct, &mut gradients);
 }
 
 /// More keys than the scores of a block are held for at a time.

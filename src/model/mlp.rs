@@ -11,6 +11,12 @@ use crate::params::{Mlp, Weight};
 /// act; the others are those of [`LINEAR`](super::LINEAR).
 pub const GATED: &str = "xllama.gated";
 
+/// The kernel of act(gate) · up, two arrays of one shape in f32, for training; the attribute `activation` is the name of act.
+pub const GATE: &str = "xllama.gate";
+
+/// The kernel of its derivative: what [`GATE`] is given, its result, and the cotangent of that; those of gate and up.
+pub const GATE_GRADIENT: &str = "xllama.gate_gradient";
+
 /// down(act(gate(x)) · up(x)). `x`: (B, S, M) → (B, S, M) in f32.
 #[track_caller]
 pub fn mlp(p: &Mlp<Weight>, x: &Tensor, cfg: &ModelConfig) -> Tensor {
@@ -25,7 +31,7 @@ pub fn mlp(p: &Mlp<Weight>, x: &Tensor, cfg: &ModelConfig) -> Tensor {
                 ("BSM,MF->BSF", x, &p.gate_proj, biases.0.as_ref(), adapters[0]),
                 ("BSM,MF->BSF", x, &p.up_proj, biases.1.as_ref(), adapters[1]),
             ]);
-            activation(&gate, cfg.hidden_act) * up
+            gate_of(&gate, &up, cfg.hidden_act)
         }
     };
     if h.graph().platform() == Platform::Tpu && matches!(p.down_proj, Weight::Float(_)) {
@@ -34,6 +40,13 @@ pub fn mlp(p: &Mlp<Weight>, x: &Tensor, cfg: &ModelConfig) -> Tensor {
     }
     let [y] = linears([("BSF,FM->BSM", &h, &p.down_proj, p.down_bias.as_ref(), adapter(&p.down_lora, cfg))]);
     y
+}
+
+/// act(gate) · up, both (B, S, F) f32.
+#[track_caller]
+fn gate_of(gate: &Tensor, up: &Tensor, act: Activation) -> Tensor {
+    let kernel = Kernel::new(GATE).attr("activation", Attr::Str(act.name().into())).gradient(GATE_GRADIENT);
+    gate.graph().kernel(kernel, &[gate, up], |args| vec![activation(&args[0], act) * &args[1]]).remove(0)
 }
 
 /// act(x·gate) · (x·up) by a kernel: (B, S, M) → (B, S, F) f32.

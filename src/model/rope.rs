@@ -48,6 +48,11 @@ pub fn ropes(positions: &Tensor, frequencies: &[Tensor], cfg: &ModelConfig) -> V
         let g = positions.graph();
         match g.platform() {
             Platform::Tpu => Rope { cos: g.concatenate(&[&cos, &cos], -1), sin: g.concatenate(&[&-&sin, &sin], -1) },
+            // XLA:CPU would compute them in every layer and for every head once more.
+            Platform::Cpu if g.training() => {
+                let [cos, sin] = g.optimization_barrier(&[&cos, &sin]).try_into().expect("as many as it was given");
+                Rope { cos, sin }
+            }
             _ => Rope { cos, sin },
         }
     };

@@ -32,6 +32,10 @@ const ONLINE: [usize; 2] = [512, 1024];
 /// attribute `softcap` is 0 where there is none.
 pub const ATTEND: &str = "xllama.attend";
 
+/// The kernel of its derivative, for caches of floats: what [`ATTEND`] is given, its result, and the cotangent (B, S, G, R, K) of that;
+/// those of q, k and v, f32.
+pub const ATTEND_GRADIENT: &str = "xllama.attend_gradient";
+
 /// The queries of one layer.
 #[derive(Clone, Debug)]
 pub struct Queries<'a> {
@@ -113,6 +117,7 @@ impl Queries<'_> {
         let kernel = Kernel::new(ATTEND)
             .attr("window", Attr::I64(window.unwrap_or(0) as i64))
             .attr("softcap", Attr::F32(self.softcap.unwrap_or(0.0) as f32));
+        let kernel = if past.scales.is_none() { kernel.gradient(ATTEND_GRADIENT) } else { kernel };
         let (dtype, softcap, has_scales, order) = (self.q.dtype(), self.softcap, past.scales.is_some(), past.order);
         let out = self.q.graph().kernel(kernel, &inputs, |args| {
             let [q, positions, k, v, rest @ ..] = args else { unreachable!("as it was called") };

@@ -5,6 +5,7 @@ use xla::graph::{Graph, Module, Save, Tensor};
 
 use converter::layout::Piece;
 
+use super::handlers::of_training;
 use super::program::Blueprint;
 use crate::Error;
 use crate::kv_cache::{CacheShape, KvCache, LayerCache, Place};
@@ -87,6 +88,14 @@ impl GradientSpec {
     pub(crate) fn cache(&self, model: &Blueprint) -> CacheShape {
         CacheShape { batch: self.batch, len: 0, dtype: model.dtype, pages: None, platform: model.platform }
     }
+
+    /// An empty graph for it.
+    pub(super) fn graph(&self, name: &str, model: &Blueprint) -> Graph {
+        let g = model.graph(name, &self.cache(model), self.tokens);
+        g.set_training(self.save.clone());
+        g.set_kernels(of_training(model.kernels));
+        g
+    }
 }
 
 /// Arguments: parameters (in declaration order), tokens (B, S) and targets (B, S), i32. Results: `loss`, `cross_entropy` and `count`,
@@ -96,8 +105,7 @@ impl GradientSpec {
 /// # Errors
 /// Those of the graph; packed parameters that are trained, which have no gradient.
 pub fn build_gradients(spec: &GradientSpec, model: &Blueprint) -> Result<Module, Error> {
-    let g = model.graph("gradients", &spec.cache(model), spec.tokens);
-    g.set_training(spec.save.clone());
+    let g = spec.graph("gradients", model);
     let mut arrays = Vec::new();
     for array in model.params.iter().into_iter().flat_map(|param| model.devices().arrays(param)) {
         arrays.push(params::declare(&g, &array, array.dtype));

@@ -2,6 +2,7 @@
 
 mod attention;
 mod experts;
+mod gate;
 mod linear;
 mod norm;
 mod profile;
@@ -13,12 +14,22 @@ use kernels::Pool;
 use xla::pjrt::{CallFrame, Error, FfiError, Handler, Plugin, ThreadPool};
 
 use crate::generation::sampling::ARGMAX;
-use crate::model::{ATTEND, ATTENTION_STEP, EXPERTS, GATED, LINEAR, RMS_NORM, TAKE_ROWS};
+use crate::model::{
+    ATTEND, ATTEND_GRADIENT, ATTENTION_STEP, EXPERTS, GATE, GATE_GRADIENT, GATED, LINEAR, RMS_NORM, TAKE_ROWS,
+};
 
-/// The names of all.
+/// Those of inference.
 const ALL: &[&str] = &[LINEAR, GATED, EXPERTS, TAKE_ROWS, RMS_NORM, ATTEND, ATTENTION_STEP, ARGMAX];
 
-/// Makes the kernels known to a CPU plugin and gives their names: none where the plugin does not take handlers.
+/// Those of a training step: each has a derivative that is a kernel too. The others' would compute their results once more.
+const TRAINING: &[&str] = &[ATTEND, ATTEND_GRADIENT, GATE, GATE_GRADIENT];
+
+/// The kernels of a training step of a model that has these.
+pub(super) fn of_training(kernels: &[&str]) -> &'static [&'static str] {
+    if kernels.is_empty() { &[] } else { TRAINING }
+}
+
+/// Makes the kernels known to a CPU plugin and gives the names of those of inference: none where the plugin does not take handlers.
 pub fn register(plugin: &Plugin) -> &'static [&'static str] {
     fn host<H: Handler>(plugin: &Plugin) -> Result<(), Error> {
         plugin.register_handler::<profile::Noted<H>>("Host")
@@ -28,8 +39,11 @@ pub fn register(plugin: &Plugin) -> &'static [&'static str] {
         host::<linear::Gated>,
         host::<experts::Experts>,
         host::<linear::TakeRows>,
+        host::<gate::Gate>,
+        host::<gate::GateGradient>,
         host::<norm::RmsNorm>,
         host::<attention::Attend>,
+        host::<attention::AttendGradient>,
         host::<attention::AttentionStep>,
         host::<sample::Argmax>,
     ];

@@ -63,9 +63,8 @@ pub fn build_train(spec: &TrainSpec, model: &Blueprint) -> Result<Module, Error>
     if let Some(Err(what)) = model.cfg.lora.as_ref().map(|lora| lora.check()) {
         return Err(Error::Option { name: "lora".into(), what });
     }
-    let GradientSpec { batch, tokens: length, ref save, .. } = spec.gradient;
-    let g = model.graph("train", &spec.gradient.cache(model), length);
-    g.set_training(save.clone());
+    let GradientSpec { batch, tokens: length, .. } = spec.gradient;
+    let g = spec.gradient.graph("train", model);
     let trained = trained(model)?;
 
     let mut arrays = Vec::new();

@@ -11,6 +11,7 @@ use xla::pjrt::{Client, LoadedExecutable, Plugin};
 use super::engine::LoadOptions;
 use super::exec_cache::ExecutableCache;
 use super::gradients::trains;
+use super::handlers::register;
 use super::placement::{Array, ArrayLayout, Placement};
 use super::program::Blueprint;
 use super::train_step::{METRICS, TrainSpec, build_train};
@@ -68,12 +69,15 @@ impl Trainer {
         spec: TrainSpec,
         progress: &(dyn Fn(u64, u64) + Sync),
     ) -> Result<Trainer, Error> {
-        let LoadOptions { precision, mesh, partitioner, cache, forms, .. } = options;
+        let LoadOptions { precision, mesh, partitioner, cache, forms, kernels } = options;
         let platform = forms.unwrap_or(Platform::named(client.platform_name()));
         let mut cfg = checkpoint.config().clone();
         cfg.lora = lora;
         let params = checkpoint.params().clone().with_adapters(&cfg);
-        let model = Blueprint::new(&cfg, &params, precision, mesh, platform)?.with_partitioner(partitioner);
+        let on_cpu = kernels && Platform::named(client.platform_name()) == Platform::Cpu;
+        let model = Blueprint::new(&cfg, &params, precision, mesh, platform)?
+            .with_partitioner(partitioner)
+            .with_kernels(if on_cpu { register(plugin) } else { &[] });
         let module = build_train(&spec, &model)?;
         let executables = ExecutableCache::new(cache, plugin, &client);
         let placement = Placement::new(client, mesh)?;

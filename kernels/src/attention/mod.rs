@@ -10,6 +10,7 @@ use crate::scratch::counts;
 use crate::{Isa, Pool};
 
 mod element;
+mod gradient;
 mod parts;
 mod rows;
 mod softmax;
@@ -17,6 +18,7 @@ mod step;
 mod tiles;
 mod visible;
 
+pub use gradient::{Gradients, attend_gradient};
 pub use step::{KvMut, Place, Step, held, step, store};
 
 pub(crate) use element::Element;
@@ -94,26 +96,14 @@ const FEW_ROWS: usize = 8;
 /// If a slice has not the length that `sizes` asks for, k and v are of different types, or the machine has not got
 /// `isa`.
 pub fn attend(isa: Isa, pool: &dyn Pool, problem: &Attend, out: &mut [f32]) {
-    let Attend { q, k, v, positions, key_positions, window, softcap, sizes } = *problem;
-    let Sizes { batch, queries, groups, heads, width, keys } = sizes;
-    let all = [batch, queries, groups, heads, width];
-    let lengths: [(&str, usize, &[usize]); 4] = [
-        ("q", q.len(), &all),
-        ("out", out.len(), &all),
-        ("positions", positions.len(), &[batch, queries]),
-        ("key positions", key_positions.map_or(batch.saturating_mul(keys), <[i32]>::len), &[batch, keys]),
-    ];
-    for (name, found, expected) in lengths {
-        assert!(counts(found, expected), "attend: {name} must be {expected:?} elements for {sizes:?}, found {found}");
-    }
-    k.check("attend", "k", &sizes);
-    v.check("attend", "v", &sizes);
+    let call = Call::new(isa, pool, problem, "attend");
+    let Sizes { batch, queries, groups, heads, width, .. } = problem.sizes;
+    let (all, found) = ([batch, queries, groups, heads, width], out.len());
+    assert!(counts(found, &all), "attend: out must be {all:?} elements for {:?}, found {found}", problem.sizes);
     if out.is_empty() {
         return;
     }
-    let visible = Visible { positions, key_positions, window, queries, keys };
-    let call = Call { isa, pool, q, visible, softcap, sizes };
-    match (k, v) {
+    match (problem.k, problem.v) {
         (Kv::F32(k), Kv::F32(v)) => call.run(Array { data: k, scales: None }, Array { data: v, scales: None }, out),
         (Kv::Bf16(k), Kv::Bf16(v)) => call.run(Array { data: k, scales: None }, Array { data: v, scales: None }, out),
         (Kv::F16(k), Kv::F16(v)) => call.run(Array { data: k, scales: None }, Array { data: v, scales: None }, out),
@@ -121,7 +111,7 @@ pub fn attend(isa: Isa, pool: &dyn Pool, problem: &Attend, out: &mut [f32]) {
             let k = Array { data: k, scales: Some(k_scales) };
             call.run(k, Array { data: v, scales: Some(v_scales) }, out);
         }
-        _ => panic!("attend: k and v must be of one type, found {} and {}", k.name(), v.name()),
+        (k, v) => panic!("attend: k and v must be of one type, found {} and {}", k.name(), v.name()),
     }
 }
 
@@ -164,7 +154,31 @@ struct Call<'a> {
     sizes: Sizes,
 }
 
-impl Call<'_> {
+impl<'a> Call<'a> {
+    /// The call of `who`.
+    ///
+    /// # Panics
+    /// If an argument has not the length that `sizes` asks for.
+    fn new(isa: Isa, pool: &'a dyn Pool, problem: &Attend<'a>, who: &str) -> Call<'a> {
+        let Attend { q, k, v, positions, key_positions, window, softcap, sizes } = *problem;
+        let Sizes { batch, queries, groups, heads, width, keys } = sizes;
+        let lengths: [(&str, usize, &[usize]); 3] = [
+            ("q", q.len(), &[batch, queries, groups, heads, width]),
+            ("positions", positions.len(), &[batch, queries]),
+            ("key positions", key_positions.map_or(batch.saturating_mul(keys), <[i32]>::len), &[batch, keys]),
+        ];
+        for (name, found, expected) in lengths {
+            assert!(
+                counts(found, expected),
+                "{who}: {name} must be {expected:?} elements for {sizes:?}, found {found}"
+            );
+        }
+        k.check(who, "k", &sizes);
+        v.check(who, "v", &sizes);
+        let visible = Visible { positions, key_positions, window, queries, keys };
+        Call { isa, pool, q, visible, softcap, sizes }
+    }
+
     fn run<E: Element>(&self, k: Array<'_, E>, v: Array<'_, E>, out: &mut [f32]) {
         let Sizes { queries, heads, .. } = self.sizes;
         if queries == 1 || queries * heads <= FEW_ROWS {

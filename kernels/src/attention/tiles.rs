@@ -18,33 +18,33 @@ use crate::scratch::Scratch;
 use crate::simd::Simd;
 
 /// Rows of a tile: as many as the accumulators of the widest vectors hold at a time.
-const ROWS: usize = 48;
+pub const ROWS: usize = 48;
 /// And at least so many where there are few tiles for the threads.
 const FEWEST_ROWS: usize = 16;
 /// Tiles for each thread: the last to finish must not be long alone.
 const TILES: usize = 4;
 /// Keys that are multiplied at a time: they, the queries and the scores fit into the first cache.
-const PART: usize = 64;
+pub const PART: usize = 64;
 /// Scores that a tile holds.
 const SCORES: usize = worth(ROWS << 13);
 /// Vectors of rows whose products with keys are summed together.
 const VECTORS: usize = 3;
 /// Rows whose products with values are summed together.
-const VALUE_ROWS: usize = 6;
+pub const VALUE_ROWS: usize = 6;
 /// Terms of one accumulator; sums of these are added up.
 const TERMS: usize = 128;
 
 /// One tile.
-struct Tile {
-    slot: usize,
-    group: usize,
-    queries: Range<usize>,
+pub struct Tile {
+    pub slot: usize,
+    pub group: usize,
+    pub queries: Range<usize>,
     /// Queries times heads.
-    rows: usize,
+    pub rows: usize,
     /// The same up to whole cache lines.
-    columns: usize,
+    pub columns: usize,
     /// K up to whole cache lines.
-    stride: usize,
+    pub stride: usize,
 }
 
 /// What a tile computes with.
@@ -74,17 +74,14 @@ pub fn attend<E: Element>(call: &Call, k: Array<'_, E>, v: Array<'_, E>, out: &m
     while each > 1 && tiles(each) < TILES * call.pool.threads() && each.div_ceil(2) * heads >= FEWEST_ROWS {
         each = each.div_ceil(2);
     }
-    let stride = width.next_multiple_of(LINE);
     let out = Parts::new(out);
     call.pool.share(tiles(each), &|chunk| {
         // A head's tiles follow each other, for they read the same keys and values; the last queries see most of them
         // and come first.
         let count = queries.div_ceil(each);
         let (head, tile) = (chunk / count, count - 1 - chunk % count);
-        let range = tile * each..((tile + 1) * each).min(queries);
-        let rows = range.len() * heads;
-        let columns = rows.next_multiple_of(LINE);
-        let tile = Tile { slot: head / groups, group: head % groups, queries: range, rows, columns, stride };
+        let tile = Tile::new(&call.sizes, head, tile * each..((tile + 1) * each).min(queries));
+        let Tile { rows, columns, stride, .. } = tile;
         let held = (SCORES / columns).max(PART) / PART * PART;
         let keys = call.visible.range(tile.slot, call.visible.of(tile.slot, tile.queries.clone()));
         let lengths = [
@@ -108,6 +105,13 @@ pub fn attend<E: Element>(call: &Call, k: Array<'_, E>, v: Array<'_, E>, out: &m
 }
 
 impl Tile {
+    /// Some queries of the slot and group that are number `head` of all.
+    pub fn new(sizes: &Sizes, head: usize, queries: Range<usize>) -> Tile {
+        let rows = queries.len() * sizes.heads;
+        let (columns, stride) = (rows.next_multiple_of(LINE), sizes.width.next_multiple_of(LINE));
+        Tile { slot: head / sizes.groups, group: head % sizes.groups, queries, rows, columns, stride }
+    }
+
     /// # Safety
     /// Nobody else may hold the output of the tile's rows.
     #[inline(always)]
@@ -123,7 +127,8 @@ impl Tile {
         work: &mut Work<'_>,
         out: &Parts<f32>,
     ) {
-        self.gather::<S, E>(simd, call, work);
+        self.turn::<S, E>(simd, call, call.q, work.q);
+        self.offsets(call, work.offsets);
         work.highest.fill(LOWEST);
         work.totals.fill(0.0);
         work.sums.fill(0.0);
@@ -167,38 +172,47 @@ impl Tile {
                 self.multiply_values(simd, scores, data, stride, part.len(), call.sizes.width, work.sums);
             }
         }
-        let Sizes { queries, groups, heads, width, .. } = call.sizes;
+        let width = call.sizes.width;
         for (row, sums) in work.sums.chunks_exact(self.stride).enumerate().take(self.rows) {
-            let (s, r) = (self.queries.start + row / heads, row % heads);
-            let to = (((self.slot * queries + s) * groups + self.group) * heads + r) * width;
             let total = work.totals[row];
             let factor = if total == 0.0 { 0.0 } else { 1.0 / total };
             // SAFETY: the tile's own rows.
-            let out = unsafe { out.part(to, width) };
+            let out = unsafe { out.part(self.row(&call.sizes, row), width) };
             out.iter_mut().zip(sums).for_each(|(out, sum)| *out = sum * factor);
         }
     }
 
+    /// Where a row of the tile begins in (B, S, G, R, K).
+    pub fn row(&self, sizes: &Sizes, row: usize) -> usize {
+        let Sizes { queries, groups, heads, width, .. } = *sizes;
+        let (s, r) = (self.queries.start + row / heads, row % heads);
+        (((self.slot * queries + s) * groups + self.group) * heads + r) * width
+    }
+
     /// Where a key of the tile's head is in (B, G, T).
-    fn first(&self, call: &Call, key: usize) -> usize {
+    pub fn first(&self, call: &Call, key: usize) -> usize {
         (self.slot * call.sizes.groups + self.group) * call.sizes.keys + key
     }
 
-    /// The rows of queries, rounded and transposed, and where they stand. Columns behind the last row repeat it.
-    #[inline(always)]
-    fn gather<S: Simd, E: Element>(&self, simd: S, call: &Call, work: &mut Work<'_>) {
-        let Sizes { queries, groups, heads, width, .. } = call.sizes;
+    /// Where the rows stand, from the first query on. Columns behind the last row repeat it.
+    pub fn offsets(&self, call: &Call, to: &mut [f32]) {
         let positions = call.visible.of(self.slot, self.queries.clone());
+        for (column, to) in to.iter_mut().enumerate() {
+            let s = column.min(self.rows - 1) / call.sizes.heads;
+            *to = (i64::from(positions[s]) - i64::from(positions[0])) as f32;
+        }
+    }
+
+    /// The tile's rows of `from` (B, S, G, R, K), rounded and transposed to (K, columns). Columns behind the last row repeat it.
+    #[inline(always)]
+    pub fn turn<S: Simd, E: Element>(&self, simd: S, call: &Call, from: &[f32], to: &mut [f32]) {
         for column in 0..self.columns {
-            let row = column.min(self.rows - 1);
-            let (s, r) = (row / heads, row % heads);
-            work.offsets[column] = (i64::from(positions[s]) - i64::from(positions[0])) as f32;
-            let from = (((self.slot * queries + self.queries.start + s) * groups + self.group) * heads + r) * width;
+            let at = self.row(&call.sizes, column.min(self.rows - 1));
             let mut lanes = [0.0; LINE];
-            for (i, from) in call.q[from..from + width].chunks(S::LANES).enumerate() {
+            for (i, from) in from[at..at + call.sizes.width].chunks(S::LANES).enumerate() {
                 simd.store(&mut lanes, E::round(simd, simd.load_part(from)));
                 for (j, &x) in lanes[..from.len()].iter().enumerate() {
-                    work.q[(i * S::LANES + j) * self.columns + column] = x;
+                    to[(i * S::LANES + j) * self.columns + column] = x;
                 }
             }
         }
@@ -207,7 +221,7 @@ impl Tile {
     /// Scores (keys, columns) of `count` keys, `stride` elements apart.
     #[inline(always)]
     #[allow(clippy::too_many_arguments)]
-    fn multiply_keys<S: Simd>(
+    pub fn multiply_keys<S: Simd>(
         &self,
         simd: S,
         q: &[f32],
@@ -237,7 +251,7 @@ impl Tile {
     /// Scales, softcap and mask, and the highest score of each row so far.
     #[inline(always)]
     #[allow(clippy::too_many_arguments)]
-    fn finish_scores<S: Simd>(
+    pub fn finish_scores<S: Simd>(
         &self,
         simd: S,
         call: &Call,
@@ -324,7 +338,7 @@ impl Tile {
     /// weights·values of `count` values, `stride` elements apart, added to `sums` (rows, stride).
     #[inline(always)]
     #[allow(clippy::too_many_arguments)]
-    fn multiply_values<S: Simd>(
+    pub fn multiply_values<S: Simd>(
         &self,
         simd: S,
         weights: &[f32],

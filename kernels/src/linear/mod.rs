@@ -30,7 +30,7 @@ use half::{bf16, f16};
 
 use crate::packed::Packed;
 use crate::scratch::counts;
-use crate::{Isa, Pool};
+use crate::{Activation, Isa, Pool};
 pub use take_rows::take_rows;
 
 /// Terms that one f32 accumulator may see.
@@ -120,38 +120,6 @@ impl Linear<'_> {
             ),
             Weight::Packed(packed) => packed.check(self.k, self.n),
         }
-    }
-}
-
-/// What a gate goes through.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Activation {
-    /// x / (1 + e⁻ˣ).
-    Silu,
-    /// x/2 · (1 + erf(x/√2)).
-    Gelu,
-    /// x/2 · (1 + tanh(√(2/π) · (x + 0.044715 x³))).
-    GeluTanh,
-    /// max(x, 0).
-    Relu,
-}
-
-impl Activation {
-    const NAMES: [(&'static str, Activation); 4] = [
-        ("silu", Activation::Silu),
-        ("gelu", Activation::Gelu),
-        ("gelu_tanh", Activation::GeluTanh),
-        ("relu", Activation::Relu),
-    ];
-
-    /// What a call of a kernel says for it.
-    pub fn name(self) -> &'static str {
-        Activation::NAMES[self as usize].0
-    }
-
-    /// The one with that name.
-    pub fn named(name: &str) -> Option<Activation> {
-        Activation::NAMES.iter().find(|(known, _)| *known == name).map(|&(_, activation)| activation)
     }
 }
 

@@ -1,13 +1,13 @@
 //! Attention over a cache.
 
 use kernels::Isa;
-use kernels::attention::{self, Kv, KvMut, Place, Sizes, Step};
+use kernels::attention::{self, Gradients, Kv, KvMut, Place, Sizes, Step};
 use kernels::rope::Angles;
 use xla::DType;
 use xla::pjrt::{CallFrame, FfiError, Handler};
 
 use super::{XlaPool, size};
-use crate::model::{ATTEND, ATTENTION_STEP};
+use crate::model::{ATTEND, ATTEND_GRADIENT, ATTENTION_STEP};
 
 /// [`ATTEND`].
 pub(super) struct Attend;
@@ -16,34 +16,55 @@ impl Handler for Attend {
     const NAME: &'static str = ATTEND;
 
     fn call(frame: &mut CallFrame<'_>) -> Result<(), FfiError> {
-        let window = usize::try_from(frame.attribute::<i64>("window")?).ok().filter(|&w| w > 0);
-        let softcap = Some(frame.attribute::<f32>("softcap")?).filter(|&cap| cap != 0.0);
-        let (q, k) = (frame.arg_array(0)?.dims(), frame.arg_array(2)?.dims());
-        let [batch, queries, groups, heads, width] = [0, 1, 2, 3, 4].map(|axis| size(q, axis, "q"));
-        let sizes = Sizes {
-            batch: batch?,
-            queries: queries?,
-            groups: groups?,
-            heads: heads?,
-            width: width?,
-            keys: size(k, 2, "k")?,
-        };
-        let int8 = frame.arg_array(2)?.dtype()? == DType::I8;
-        let behind = if int8 { 6 } else { 4 };
-        let scales = |i: usize| if int8 { frame.arg(i).map(Some) } else { Ok(None) };
-        let problem = attention::Attend {
-            q: frame.arg(0)?,
-            k: kv(frame, 2, scales(4)?)?,
-            v: kv(frame, 3, scales(5)?)?,
-            positions: frame.arg(1)?,
-            key_positions: if window.is_some() { Some(frame.arg(behind)?) } else { None },
-            window,
-            softcap,
-            sizes,
-        };
+        let (problem, _) = problem(frame)?;
         attention::attend(Isa::detected(), &XlaPool::new(frame), &problem, frame.result(0)?);
         Ok(())
     }
+}
+
+/// [`ATTEND_GRADIENT`].
+pub(super) struct AttendGradient;
+
+impl Handler for AttendGradient {
+    const NAME: &'static str = ATTEND_GRADIENT;
+
+    fn call(frame: &mut CallFrame<'_>) -> Result<(), FfiError> {
+        let (problem, behind) = problem(frame)?;
+        let (out, cotangent) = (frame.arg(behind)?, frame.arg(behind + 1)?);
+        let mut gradients = Gradients { q: frame.result(0)?, k: frame.result(1)?, v: frame.result(2)? };
+        attention::attend_gradient(Isa::detected(), &XlaPool::new(frame), &problem, out, cotangent, &mut gradients);
+        Ok(())
+    }
+}
+
+/// The arguments of [`ATTEND`], and how many there are.
+fn problem<'a>(frame: &CallFrame<'a>) -> Result<(attention::Attend<'a>, usize), FfiError> {
+    let window = usize::try_from(frame.attribute::<i64>("window")?).ok().filter(|&w| w > 0);
+    let softcap = Some(frame.attribute::<f32>("softcap")?).filter(|&cap| cap != 0.0);
+    let (q, k) = (frame.arg_array(0)?.dims(), frame.arg_array(2)?.dims());
+    let [batch, queries, groups, heads, width] = [0, 1, 2, 3, 4].map(|axis| size(q, axis, "q"));
+    let sizes = Sizes {
+        batch: batch?,
+        queries: queries?,
+        groups: groups?,
+        heads: heads?,
+        width: width?,
+        keys: size(k, 2, "k")?,
+    };
+    let int8 = frame.arg_array(2)?.dtype()? == DType::I8;
+    let behind = if int8 { 6 } else { 4 };
+    let scales = |i: usize| if int8 { frame.arg(i).map(Some) } else { Ok(None) };
+    let problem = attention::Attend {
+        q: frame.arg(0)?,
+        k: kv(frame, 2, scales(4)?)?,
+        v: kv(frame, 3, scales(5)?)?,
+        positions: frame.arg(1)?,
+        key_positions: if window.is_some() { Some(frame.arg(behind)?) } else { None },
+        window,
+        softcap,
+        sizes,
+    };
+    Ok((problem, behind + usize::from(window.is_some())))
 }
 
 fn kv<'a>(frame: &CallFrame<'a>, i: usize, scales: Option<&'a [f32]>) -> Result<Kv<'a>, FfiError> {

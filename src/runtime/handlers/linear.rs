@@ -1,8 +1,8 @@
 //! Products with weights, floats or packed.
 
-use kernels::Isa;
-use kernels::linear::{Activation, Linear as Matrix, Order, Values, Weight, gated, linear, take_rows};
+use kernels::linear::{Linear as Matrix, Order, Values, Weight, gated, linear, take_rows};
 use kernels::packed::{Bits, Packed, Scales};
+use kernels::{Activation, Isa};
 use xla::DType;
 use xla::pjrt::{CallFrame, FfiError, Handler};
 

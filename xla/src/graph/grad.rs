@@ -12,9 +12,11 @@ use std::rc::Rc;
 
 use super::aval::Aval;
 use super::graph::Graph;
+use super::kernel::Kernel;
 use super::module::{Body, Function, Node, Value, ValueId};
 use super::ops::constant::{Constant, Iota, Scalar};
 use super::ops::convert::Convert;
+use super::ops::custom_call::CustomCall;
 use super::ops::dot::DotGeneral;
 use super::ops::shape::{BroadcastInDim, Reshape};
 use super::ops::{Gradient, Op};
@@ -27,7 +29,7 @@ pub enum Save {
     /// Every value that a derivative reads, but for copies, casts and constants of others.
     #[default]
     Everything,
-    /// Results of dot products.
+    /// Results of dot products, and of kernels that compute some.
     Dots,
     /// Values that [`Tensor::named`] gave one of these names.
     Named(Vec<String>),
@@ -47,7 +49,10 @@ impl Save {
                     || op.downcast_ref::<Reshape>().is_some()
                     || op.downcast_ref::<Convert>().is_some())
             }
-            Save::Dots => op.downcast_ref::<DotGeneral>().is_some(),
+            Save::Dots => {
+                op.downcast_ref::<DotGeneral>().is_some()
+                    || op.downcast_ref::<CustomCall>().is_some_and(CustomCall::multiplies)
+            }
             Save::Named(names) => name.is_some_and(|name| names.iter().any(|wanted| wanted == name)),
             Save::Nothing => false,
         }
@@ -243,6 +248,27 @@ impl Vjp<'_, '_> {
         let mut results = self.nothing();
         wanted.iter().zip(found).for_each(|(&i, ct)| results[i] = ct);
         Ok(results)
+    }
+
+    /// The same by a kernel, as [`Kernel::gradient`](super::Kernel::gradient) has it.
+    pub(crate) fn by_kernel(&mut self, kernel: Kernel, body: &Body) -> Cotangents {
+        let avals: Vec<Aval> = (0..self.operand_count()).map(|i| self.input_aval(i)).collect();
+        let floats: Vec<usize> = (0..avals.len()).filter(|&i| avals[i].dtype.is_float()).collect();
+        let all: Vec<usize> = (0..self.cotangents.len()).collect();
+        let operands = (0..avals.len()).map(|i| self.input(i)).collect::<Vec<_>>();
+        let results = all.iter().map(|&i| self.output(i)).collect::<Vec<_>>();
+        let cotangents = all.iter().map(|&i| self.cotangent(i)).collect::<Vec<_>>();
+        let inputs: Vec<&Tensor> = operands.iter().chain(&results).chain(&cotangents).collect();
+        let found = self.graph.kernel(kernel, &inputs, |args| {
+            let cotangents = &args[args.len() - all.len()..];
+            let found = pulled(self.graph, body, &mut |i| args[i].clone(), &all, cotangents, &floats);
+            let of = |(&i, ct): (&usize, Option<Tensor>)| {
+                ct.unwrap_or_else(|| zeros(self.graph, &avals[i])).cast(DType::F32)
+            };
+            floats.iter().zip(found).map(of).collect()
+        });
+        let cotangents = floats.iter().zip(found).map(|(&i, ct)| ct.cast(avals[i].dtype));
+        self.placed(&floats, cotangents)
     }
 }
 

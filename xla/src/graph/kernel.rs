@@ -15,12 +15,13 @@ pub struct Kernel {
     name: &'static str,
     attrs: Vec<(String, Attr)>,
     aliases: Vec<(usize, usize)>,
+    gradient: Option<&'static str>,
 }
 
 impl Kernel {
     /// A call of `name` without attributes.
     pub fn new(name: &'static str) -> Kernel {
-        Kernel { name, attrs: Vec::new(), aliases: Vec::new() }
+        Kernel { name, attrs: Vec::new(), aliases: Vec::new(), gradient: None }
     }
 
     /// Adds an attribute.
@@ -32,6 +33,13 @@ impl Kernel {
     /// Lets `result` take over the buffer of `operand`, so the handler updates it in place.
     pub fn alias(mut self, result: usize, operand: usize) -> Kernel {
         self.aliases.push((result, operand));
+        self
+    }
+
+    /// Names the kernel of the derivative. It is given the operands, the results and their cotangents, and the same attributes; its
+    /// results are the cotangents of the float operands in f32. Where it is not known, the derivative is that of the definition.
+    pub fn gradient(mut self, name: &'static str) -> Kernel {
+        self.gradient = Some(name);
         self
     }
 }
@@ -53,8 +61,9 @@ impl Graph {
         // Traced for the types of its results, for its errors, and for the derivative.
         let body = self.trace(location, kernel.name, inputs, None, definition);
         let results: Vec<Aval> = body.results.iter().map(|&id| body.aval(id).clone()).collect();
-        let Kernel { name, attrs, aliases } = kernel;
-        let call = CustomCall { attrs, aliases, definition: Some(Rc::new(body)), ..CustomCall::new(name, results) };
+        let Kernel { name, attrs, aliases, gradient } = kernel;
+        let call =
+            CustomCall { attrs, aliases, gradient, definition: Some(Rc::new(body)), ..CustomCall::new(name, results) };
         self.record(location, Rc::new(call), inputs)
     }
 }

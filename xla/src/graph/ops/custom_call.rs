@@ -2,7 +2,9 @@
 
 use std::rc::Rc;
 
+use super::dot::DotGeneral;
 use super::{Op, OpInfo, op_info};
+use crate::graph::Kernel;
 use crate::graph::aval::{Aval, join, list};
 use crate::graph::emit::{Cx, quote};
 use crate::graph::grad::{Cotangents, Vjp};
@@ -90,6 +92,8 @@ pub struct CustomCall {
     pub layouts: Option<Layouts>,
     /// What the call computes, in other ops, where that is known: its derivative is that of these.
     pub definition: Option<Rc<Body>>,
+    /// The kernel of its derivative: [`Kernel::gradient`].
+    pub gradient: Option<&'static str>,
 }
 
 /// For each operand and each result of a [`CustomCall`] its axes from the fastest to the slowest.
@@ -107,8 +111,14 @@ impl CustomCall {
     /// A call of `target` with results of these types.
     pub fn new(target: &str, results: Vec<Aval>) -> CustomCall {
         let (attrs, aliases) = (Vec::new(), Vec::new());
-        let (target, layouts, definition) = (target.to_string(), None, None);
-        CustomCall { target, results, attrs, has_side_effect: false, aliases, layouts, definition }
+        let (target, layouts, definition, gradient) = (target.to_string(), None, None, None);
+        CustomCall { target, results, attrs, has_side_effect: false, aliases, layouts, definition, gradient }
+    }
+
+    /// Whether dot products are in its definition.
+    pub(crate) fn multiplies(&self) -> bool {
+        let nodes = self.definition.iter().flat_map(|body| &body.nodes);
+        nodes.into_iter().any(|node| node.op.downcast_ref::<DotGeneral>().is_some())
     }
 
     /// Adds an attribute.
@@ -223,9 +233,16 @@ impl Op for CustomCall {
     }
 
     fn vjp(&self, cx: &mut Vjp<'_, '_>) -> Cotangents {
-        match self.definition.clone() {
-            Some(body) => cx.through(&body),
-            None => Err(format!("what the handler {:?} computes is not known here", self.target)),
+        match (self.definition.clone(), self.gradient) {
+            (Some(body), Some(gradient)) if cx.graph().has_kernel(gradient) => {
+                let kernel = self
+                    .attrs
+                    .iter()
+                    .fold(Kernel::new(gradient), |kernel, (name, value)| kernel.attr(name, value.clone()));
+                cx.by_kernel(kernel, &body)
+            }
+            (Some(body), _) => cx.through(&body),
+            (None, _) => Err(format!("what the handler {:?} computes is not known here", self.target)),
         }
     }
 }

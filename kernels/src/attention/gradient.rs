@@ -1,0 +1,375 @@
+//! The derivative of attention, which never holds the scores (Dao et al. 2022, algorithm 4): with P the softmax of the scores, O = P·V
+//! and dO the cotangent of O,
+//!
+//! dV = Pᵀ·dO, dS = P ∘ (dO·Vᵀ − rowsum(dO ∘ O)), dQ = dS·K, dK = dSᵀ·Q.
+//!
+//! Tiles as those of the forward pass: a first look at all keys finds the highest score of each row and the sum of its weights, a
+//! second one the products, part by part.
+
+use std::ops::Range;
+
+use super::element::{Element, widen};
+use super::parts::{LINE, Parts, cut};
+use super::softmax::weight;
+use super::tiles::{PART, ROWS, Tile, VALUE_ROWS};
+use super::visible::LOWEST;
+use super::{Attend, Call, Kv, Sizes};
+use crate::scratch::{Scratch, counts};
+use crate::simd::Simd;
+use crate::{Isa, Pool};
+
+/// Parts of a head's queries for each thread where there are fewer heads than threads.
+const PARTS: usize = 2;
+
+/// The cotangents of the arguments of [`attend`](super::attend), f32.
+#[derive(Debug)]
+pub struct Gradients<'a> {
+    /// Of q, (B, S, G, R, K).
+    pub q: &'a mut [f32],
+    /// Of k, (B, G, T, K).
+    pub k: &'a mut [f32],
+    /// Of v, (B, G, T, K).
+    pub v: &'a mut [f32],
+}
+
+/// What q, k and v of [`attend`](super::attend) change of a function, given what its result `out` changes of it, `cotangent`, both
+/// (B, S, G, R, K). Roundings to the type of the cache count as if there were none.
+///
+/// # Panics
+/// As [`attend`](super::attend), and where the cache is int8, whose values do not change by little.
+pub fn attend_gradient(
+    isa: Isa,
+    pool: &dyn Pool,
+    problem: &Attend,
+    out: &[f32],
+    cotangent: &[f32],
+    gradients: &mut Gradients,
+) {
+    let call = Call::new(isa, pool, problem, "attend_gradient");
+    let Sizes { batch, queries, groups, heads, width, keys } = problem.sizes;
+    let (rows, of_keys) = ([batch, queries, groups, heads, width], [batch, groups, keys, width]);
+    let lengths: [(&str, usize, &[usize]); 5] = [
+        ("out", out.len(), &rows),
+        ("the cotangent", cotangent.len(), &rows),
+        ("the gradient of q", gradients.q.len(), &rows),
+        ("the gradient of k", gradients.k.len(), &of_keys),
+        ("the gradient of v", gradients.v.len(), &of_keys),
+    ];
+    for (name, found, expected) in lengths {
+        assert!(counts(found, expected), "attend_gradient: {name} must be {expected:?} elements, found {found}");
+    }
+    let rows = Rows { out, cotangent };
+    match (problem.k, problem.v) {
+        (Kv::F32(k), Kv::F32(v)) => rows.run(&call, k, v, gradients),
+        (Kv::Bf16(k), Kv::Bf16(v)) => rows.run(&call, k, v, gradients),
+        (Kv::F16(k), Kv::F16(v)) => rows.run(&call, k, v, gradients),
+        (k, v) => panic!("attend_gradient: k and v must be of one float type, found {} and {}", k.name(), v.name()),
+    }
+}
+
+/// What is known of the rows of queries beside themselves.
+#[derive(Clone, Copy)]
+struct Rows<'a> {
+    out: &'a [f32],
+    cotangent: &'a [f32],
+}
+
+/// What a tile computes with.
+struct Work<'a> {
+    /// Queries and cotangents, (K, columns).
+    turned: [&'a mut [f32]; 2],
+    /// The same, (rows, stride).
+    rows: [&'a mut [f32]; 2],
+    offsets: &'a mut [f32],
+    /// The highest score of each row, and what it was before a part.
+    highest: &'a mut [f32],
+    before: &'a mut [f32],
+    /// The sums of the weights, then 1 / that.
+    totals: &'a mut [f32],
+    /// rowsum(dO ∘ O).
+    deltas: &'a mut [f32],
+    /// Scores of a part, then P, (keys, columns).
+    weights: &'a mut [f32],
+    /// dO·Vᵀ of a part, then dS, (keys, columns).
+    slopes: &'a mut [f32],
+    /// dQ, (rows, stride).
+    sums: &'a mut [f32],
+    /// Keys or values of a part, (keys, stride).
+    wide: &'a mut [f32],
+}
+
+impl Rows<'_> {
+    fn run<E: Element>(self, call: &Call, k: &[E], v: &[E], gradients: &mut Gradients) {
+        let Sizes { batch, queries, groups, heads, width, keys } = call.sizes;
+        let all = batch * groups;
+        if all * queries * heads * width == 0 {
+            gradients.k.fill(0.0);
+            gradients.v.fill(0.0);
+            return;
+        }
+        let each = (ROWS / heads).clamp(1, queries);
+        let tiles = queries.div_ceil(each);
+        let threads = call.pool.threads();
+        let parts = if all >= threads { 1 } else { (PARTS * threads).div_ceil(all).min(tiles) };
+        let of_head = keys * width;
+        let dq = Parts::new(&mut *gradients.q);
+        let mut partial = Scratch::new(if parts == 1 { 0 } else { 2 * parts * all * of_head });
+        let (dk, dv) = match parts {
+            1 => (Parts::new(&mut *gradients.k), Parts::new(&mut *gradients.v)),
+            _ => {
+                let (dk, dv) = partial.split_at_mut(parts * all * of_head);
+                (Parts::new(dk), Parts::new(dv))
+            }
+        };
+        call.pool.share(parts * all, &|chunk| {
+            let (head, part) = (chunk / parts, chunk % parts);
+            // Every so-many-th tile: the last queries see most keys.
+            let tiles = (part..tiles).step_by(parts).map(|tile| tile * each..((tile + 1) * each).min(queries));
+            let whole = Tile::new(&call.sizes, head, 0..each);
+            let Tile { rows, columns, stride, .. } = whole;
+            let rows = rows.next_multiple_of(VALUE_ROWS) * stride;
+            let column = PART * columns + VALUE_ROWS;
+            let lengths = [
+                width * columns,
+                width * columns,
+                rows,
+                rows,
+                columns,
+                columns,
+                columns,
+                columns,
+                columns,
+                column,
+                column,
+                rows,
+                PART * stride,
+                keys * stride,
+                keys * stride,
+            ];
+            let mut scratch = Scratch::new(lengths.iter().map(|len| len.next_multiple_of(LINE)).sum());
+            scratch.fill(0.0);
+            let mut rest = &mut scratch[..];
+            let [a, b, c, d, offsets, highest, before, totals, deltas, weights, slopes, sums, wide, own_k, own_v] =
+                lengths.map(|len| cut(&mut rest, len));
+            let (turned, rows) = ([a, b], [c, d]);
+            let mut work = Work { turned, rows, offsets, highest, before, totals, deltas, weights, slopes, sums, wide };
+            let mut add = [own_k, own_v];
+            for queries in tiles {
+                let tile = Tile::new(&call.sizes, head, queries);
+                // SAFETY: no chunk runs twice, and no two tiles have a row in common.
+                dispatch_floats!(call.isa, |simd| unsafe {
+                    self.tile(simd, &tile, call, [k, v], &mut work, &mut add, &dq)
+                });
+            }
+            for (to, own) in [dk, dv].into_iter().zip(add) {
+                // SAFETY: each chunk has its own head of its own part.
+                let to = unsafe { to.part((part * all + head) * of_head, of_head) };
+                to.chunks_exact_mut(width)
+                    .zip(own.chunks_exact(stride))
+                    .for_each(|(to, own)| to.copy_from_slice(&own[..width]));
+            }
+        });
+        if parts > 1 {
+            let len = all * of_head;
+            let (dk, dv) = partial.split_at(parts * len);
+            for (to, from) in [(&mut *gradients.k, dk), (&mut *gradients.v, dv)] {
+                let to = Parts::new(to);
+                call.pool.share(all, &|head| {
+                    // SAFETY: each chunk has a head of its own.
+                    let to = unsafe { to.part(head * of_head, of_head) };
+                    to.copy_from_slice(&from[head * of_head..][..of_head]);
+                    for part in 1..parts {
+                        let from = &from[part * len + head * of_head..][..of_head];
+                        to.iter_mut().zip(from).for_each(|(to, from)| *to += from);
+                    }
+                });
+            }
+        }
+    }
+
+    /// Adds a tile to dK and dV of its head, (T, stride), and writes its rows of dQ.
+    ///
+    /// # Safety
+    /// Nobody else may hold dQ of the tile's rows.
+    #[inline(always)]
+    #[allow(clippy::too_many_arguments)]
+    unsafe fn tile<S: Simd, E: Element>(
+        self,
+        simd: S,
+        tile: &Tile,
+        call: &Call,
+        [k, v]: [&[E]; 2],
+        work: &mut Work<'_>,
+        [dk, dv]: &mut [&mut [f32]; 2],
+        dq: &Parts<f32>,
+    ) {
+        let (width, columns, stride) = (call.sizes.width, tile.columns, tile.stride);
+        let queries = call.visible.of(tile.slot, tile.queries.clone());
+        let keys = call.visible.range(tile.slot, queries);
+        let parts = || keys.clone().step_by(PART).map(|at| at..keys.end.min(at + PART));
+        let [turned_q, turned_ct] = &mut work.turned;
+        tile.turn::<S, E>(simd, call, call.q, turned_q);
+        tile.turn::<S, f32>(simd, call, self.cotangent, turned_ct);
+        tile.offsets(call, &mut work.offsets[..columns]);
+        work.deltas.fill(0.0);
+        for row in 0..tile.rows {
+            let at = tile.row(&call.sizes, row);
+            let (out, ct) = (&self.out[at..at + width], &self.cotangent[at..at + width]);
+            let [q_rows, ct_rows] = &mut work.rows;
+            widen(simd, &call.q[at..at + width], width, &mut q_rows[row * stride..][..stride], stride);
+            widen(simd, ct, width, &mut ct_rows[row * stride..][..stride], stride);
+            let mut sum = simd.zero();
+            for (out, ct) in out.chunks(S::LANES).zip(ct.chunks(S::LANES)) {
+                sum = simd.fma(simd.load_part(out), simd.load_part(ct), sum);
+            }
+            work.deltas[row] = simd.reduce_add(sum);
+        }
+
+        work.highest[..columns].fill(LOWEST);
+        work.totals[..columns].fill(0.0);
+        for part in parts() {
+            work.before.copy_from_slice(work.highest);
+            scores(simd, tile, call, k, part.clone(), work);
+            for column in (0..columns).step_by(S::LANES) {
+                let most = simd.load(&work.highest[column..]);
+                let shrink = weight(simd, simd.sub(simd.load(&work.before[column..]), most));
+                let mut total = simd.mul(simd.load(&work.totals[column..]), shrink);
+                for scores in work.weights.chunks_exact(columns).take(part.len()) {
+                    total = simd.add(total, weight(simd, simd.sub(simd.load(&scores[column..]), most)));
+                }
+                simd.store(&mut work.totals[column..], total);
+            }
+        }
+        work.totals[..columns].iter_mut().for_each(|total| *total = if *total == 0.0 { 0.0 } else { 1.0 / *total });
+
+        work.sums.fill(0.0);
+        for part in parts() {
+            scores(simd, tile, call, k, part.clone(), work);
+            let (values, from) = rows_of(simd, tile, call, v, part.clone(), false, work.wide);
+            tile.multiply_keys(simd, work.turned[1], values, from, part.len(), width, work.slopes);
+            slopes(simd, call.softcap, part.len(), columns, work);
+            let [q_rows, ct_rows] = &work.rows;
+            let own = part.start * stride..part.end * stride;
+            turned_products(simd, tile, work.weights, ct_rows, part.len(), &mut dv[own.clone()]);
+            turned_products(simd, tile, work.slopes, q_rows, part.len(), &mut dk[own]);
+            let (keys, from) = rows_of(simd, tile, call, k, part.clone(), true, work.wide);
+            tile.multiply_values(simd, work.slopes, keys, from, part.len(), width, work.sums);
+        }
+        for (row, sums) in work.sums.chunks_exact(stride).enumerate().take(tile.rows) {
+            // SAFETY: the tile's own rows.
+            unsafe { dq.part(tile.row(&call.sizes, row), width) }.copy_from_slice(&sums[..width]);
+        }
+    }
+}
+
+/// A part of keys or values as f32, and how many elements apart they are; with `whole`, vectors of a row are read to their end.
+#[inline(always)]
+fn rows_of<'a, S: Simd, E: Element>(
+    simd: S,
+    tile: &Tile,
+    call: &Call,
+    all: &'a [E],
+    part: Range<usize>,
+    whole: bool,
+    wide: &'a mut [f32],
+) -> (&'a [f32], usize) {
+    let width = call.sizes.width;
+    let data = &all[tile.first(call, part.start) * width..][..part.len() * width];
+    match E::as_f32(data) {
+        Some(data) if !whole || width.is_multiple_of(S::LANES) => (data, width),
+        _ => {
+            widen(simd, data, width, wide, tile.stride);
+            (wide, tile.stride)
+        }
+    }
+}
+
+/// The scores of a part in `weights`, as the mask leaves them, and the highest of each row so far.
+#[inline(always)]
+fn scores<S: Simd, E: Element>(simd: S, tile: &Tile, call: &Call, k: &[E], part: Range<usize>, work: &mut Work<'_>) {
+    let (keys, from) = rows_of(simd, tile, call, k, part.clone(), false, work.wide);
+    let scores = &mut work.weights[..part.len() * tile.columns];
+    tile.multiply_keys(simd, work.turned[0], keys, from, part.len(), call.sizes.width, scores);
+    tile.finish_scores(simd, call, part, None, work.offsets, scores, &mut work.highest[..tile.columns]);
+}
+
+/// P in the place of `count` keys' scores, and dS in that of dO·Vᵀ.
+#[inline(always)]
+fn slopes<S: Simd>(simd: S, softcap: Option<f32>, count: usize, columns: usize, work: &mut Work<'_>) {
+    for column in (0..columns).step_by(S::LANES) {
+        let [most, inverse, delta] =
+            [&work.highest, &work.totals, &work.deltas].map(|of_rows| simd.load(&of_rows[column..]));
+        for at in (column..).step_by(columns).take(count) {
+            let (weights, slopes) = (&mut work.weights[at..], &mut work.slopes[at..]);
+            let score = simd.load(weights);
+            let p = simd.mul(weight(simd, simd.sub(score, most)), inverse);
+            let mut slope = simd.mul(p, simd.sub(simd.load(slopes), delta));
+            if let Some(cap) = softcap {
+                // d(c·tanh(x / c)) = 1 − tanh²; hidden scores are far outside, and weigh nothing.
+                let bent = simd.max(simd.splat(-1.0), simd.min(simd.splat(1.0), simd.div(score, simd.splat(cap))));
+                slope = simd.mul(slope, simd.sub(simd.splat(1.0), simd.mul(bent, bent)));
+            }
+            simd.store(weights, p);
+            simd.store(slopes, slope);
+        }
+    }
+}
+
+/// Adds Σ over the tile's rows of weight (keys, columns) · row (rows, stride) to `sums` (keys, stride).
+#[inline(always)]
+fn turned_products<S: Simd>(simd: S, tile: &Tile, weights: &[f32], rows: &[f32], count: usize, sums: &mut [f32]) {
+    let vectors = tile.stride / S::LANES;
+    let blocks = vectors.div_ceil(if S::REGISTERS >= 32 { 4 } else { 2 });
+    let mut at = 0;
+    for block in 0..blocks {
+        let n = (vectors - at).div_ceil(blocks - block);
+        let d = at * S::LANES;
+        let args = (weights, &rows[d..], count, &mut sums[d..]);
+        match n {
+            1 => turned_block::<S, 1>(simd, tile, args),
+            2 => turned_block::<S, 2>(simd, tile, args),
+            3 => turned_block::<S, 3>(simd, tile, args),
+            _ => turned_block::<S, 4>(simd, tile, args),
+        }
+        at += n;
+    }
+}
+
+/// [`turned_products`] of `N` vectors.
+#[inline(always)]
+fn turned_block<S: Simd, const N: usize>(
+    simd: S,
+    tile: &Tile,
+    (weights, rows, count, sums): (&[f32], &[f32], usize, &mut [f32]),
+) {
+    let Tile { rows: many, columns, stride, .. } = *tile;
+    assert!(weights.len() >= count * columns && columns >= many && rows.len() >= (many - 1) * stride + N * S::LANES);
+    for t in (0..count).step_by(VALUE_ROWS) {
+        // Behind the last key it is multiplied again.
+        let mut from = [weights.as_ptr(); VALUE_ROWS];
+        for (i, from) in from.iter_mut().enumerate() {
+            *from = weights[(t + i).min(count - 1) * columns..].as_ptr();
+        }
+        let mut acc = [[simd.zero(); N]; VALUE_ROWS];
+        for row in 0..many {
+            let mut own = [simd.zero(); N];
+            for (i, own) in own.iter_mut().enumerate() {
+                // SAFETY: each row has N vectors from here on; asserted above.
+                *own = unsafe { simd.read(rows.as_ptr().add(row * stride + i * S::LANES)) };
+            }
+            for (acc, from) in acc.iter_mut().zip(from) {
+                // SAFETY: a key has a weight for each row; asserted above.
+                let weight = simd.splat(unsafe { *from.add(row) });
+                for (acc, own) in acc.iter_mut().zip(own) {
+                    *acc = simd.fma(weight, own, *acc);
+                }
+            }
+        }
+        for (i, acc) in acc.into_iter().enumerate().take(count - t) {
+            for (j, acc) in acc.into_iter().enumerate() {
+                let to = &mut sums[(t + i) * stride + j * S::LANES..];
+                simd.store(to, simd.add(simd.load(to), acc));
+            }
+        }
+    }
+}
