@@ -2,8 +2,9 @@
 """Make the vectors of training: what PyTorch's autograd gives in float64 for the small checkpoints of golden/.
 
     python3 scripts/make_training_vectors.py tests/data [--only gradients|lora|steps] [--cases NAME ...]
+    python3 scripts/make_training_vectors.py tests/data --model smollm2-135m-hf --name smollm2-135m
 
-Writes three files. In them a tensor is its norm and its products with 8 vectors of signs, from which the norm of a
+Writes three files, or with --model an entry of a fourth. In them a tensor is its norm and its products with 8 vectors of signs, from which the norm of a
 difference can be estimated (Achlioptas 2003, "Database-friendly random projections").
 
 training.json: for each case the batch, the losses, and the gradient of each tensor of the checkpoint.
@@ -11,6 +12,8 @@ training/lora.json: the losses and gradients of the same batches with low-rank a
 peft) on the projections of attention, dense feed-forwards and shared experts, the checkpoint itself frozen.
 training/steps.json: twenty steps of AdamW on some of the cases, and where the tensors are after them. "+lora" trains
 adapters instead; "+accumulate" has two microbatches a step.
+training/models.json: as training.json, of the goldens of real checkpoints, which `xllama export-hf` writes in Hugging
+Face form.
 
 It runs in the environment of make_golden.py.
 """
@@ -112,13 +115,13 @@ def rotated(rows, places):
 class Case:
     """A checkpoint in float64, its batch and its losses."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, golden):
         import numpy as np
 
         self.folder, self.model = folder, make_golden.load(folder, "float64", "eager")
         self.model.requires_grad_(True)
         self.cfg = self.model.config
-        tokens = np.load(folder.parent / "golden.npz")["tokens"].tolist()
+        tokens = np.load(golden / "golden.npz")["tokens"].tolist()
         self.rows = rows_of(tokens, self.cfg.vocab_size, self.cfg.pad_token_id)
         self.targets = targets_of(self.rows)
         make_golden.settle_frequencies(self.model, len(tokens))
@@ -282,7 +285,11 @@ def main():
     ap.add_argument("out", type=Path)
     ap.add_argument("--cases", nargs="+", default=None)
     ap.add_argument("--only", choices=["gradients", "lora", "steps"], default=None)
+    ap.add_argument("--model", type=Path, metavar="FOLDER", help="a real checkpoint")
+    ap.add_argument("--name", help="the golden of --model")
     args = ap.parse_args()
+    if (args.model is None) != (args.name is None) or (args.model and (args.cases or args.only)):
+        ap.error("--model FOLDER and --name NAME go together, without --cases and --only")
     if os.environ.get("XLLAMA_GOLDEN_STAGE") != "run":
         python = make_golden.environment()
         env = dict(os.environ, XLLAMA_GOLDEN_STAGE="run", HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
@@ -298,6 +305,13 @@ def main():
     trained = {"optimizer": OPTIMIZER, "schedule": SCHEDULE, "clip": CLIP}
     batches, beside = args.out / "training.json", args.out / "training"
 
+    if args.model:
+        path = beside / "models.json"
+        entry = gradients(Case(args.model, ROOT / "golden" / args.name))
+        print(f"gradients {args.name}: loss {entry['loss']:.6f}")
+        write(path, versions, (read(path) if path.exists() else {}) | {args.name: entry})
+        return
+
     def make(kind, path, head, variants, make_one):
         if args.only not in (None, kind):
             return
@@ -305,7 +319,7 @@ def main():
         entries = read(path) if args.cases and path.exists() else {}
         for name, folder in folders.items():
             for variant in variants.get(name, ()):
-                case = Case(folder)
+                case = Case(folder, folder.parent)
                 if known:  # the batch is in no other file
                     found = [known[name][key] for key in ("options", "tokens", "targets")]
                     assert found == [case.options, case.rows, case.targets], name

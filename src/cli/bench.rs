@@ -64,6 +64,7 @@ impl Args {
         if self.train {
             return self.run_train(context);
         }
+        self.training.refuse("--train")?;
         let loaded = self.model.load(context)?;
         context_len(&loaded.checkpoint, self.prompt_tokens.saturating_add(self.gen_tokens), 0, None)?;
         let engine = &loaded.engine;

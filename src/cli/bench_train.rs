@@ -5,6 +5,7 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use serde_json::json;
+use xla::graph::Platform;
 use xllama::Error;
 use xllama::compile::Keep;
 use xllama::model::{IGNORED, LossOptions};
@@ -43,7 +44,12 @@ impl Args {
         }
         let started = Instant::now();
         let (plugin, client, options) = self.model.open(&plugin_path, &checkpoint)?;
-        let save = self.training.keep(Keep::Everything).into();
+        let save = match Platform::named(client.platform_name()) {
+            // What is cheap to compute once more is dear to keep where memory is slow.
+            Platform::Cpu => Keep::Dots,
+            _ => Keep::Everything,
+        };
+        let save = self.training.keep(save).into();
         let gradient = GradientSpec { batch: batch / parts, tokens: length, loss: LossOptions::default(), save };
         let (spec, adapters) = (TrainSpec::new(gradient, parts), (self.training.lora(), 0));
         let progress = |done, total| context.reporter.bytes("loading parameters", done, total);

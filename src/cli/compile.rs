@@ -103,6 +103,9 @@ enum Which {
 impl Args {
     pub fn run(self, context: &Context) -> anyhow::Result<ExitCode> {
         // Everything that can be wrong with the command line is found before a plugin is fetched.
+        if self.program != Which::Train {
+            self.train.refuse("--program train")?;
+        }
         let target = Target::parse(&self.target, self.target_config.as_deref())?;
         let (cfg, params) = self.model(context)?;
         let step = match self.program {

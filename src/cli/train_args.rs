@@ -1,13 +1,15 @@
 //! What a training step is, beside its size.
 
 use clap::ValueEnum;
+use xllama::Error;
 use xllama::compile::{Keep, Step};
 use xllama::config::{LoraConfig, LoraProjection};
 
 /// A step of AdamW over f32 masters and state.
 #[derive(clap::Args)]
 pub struct TrainArgs {
-    /// What a block keeps for its gradient; the rest is computed once more [default: nothing to compile, everything to measure].
+    /// What a block keeps for its gradient; the rest is computed once more [default: nothing to compile; to measure,
+    /// dots on a CPU, everything elsewhere].
     #[arg(long, value_enum)]
     save: Option<SaveArg>,
     /// Run the batch in N parts, one after another, and sum their gradients.
@@ -29,6 +31,22 @@ enum SaveArg {
 }
 
 impl TrainArgs {
+    /// Refuses them for what is no training, which is asked for by `instead`.
+    ///
+    /// # Errors
+    /// [`Error::Option`] with the first that is given.
+    pub fn refuse(&self, instead: &str) -> Result<(), Error> {
+        let given = [("save", self.save.is_some()), ("microbatches", self.microbatches != 1)];
+        let given = given.into_iter().chain([("lora-rank", self.lora_rank.is_some())]);
+        match given.into_iter().find(|(_, given)| *given) {
+            None => Ok(()),
+            Some((name, _)) => {
+                let what = format!("is for a training step; ask for one with {instead}");
+                Err(Error::Option { name: name.into(), what })
+            }
+        }
+    }
+
     /// What is kept.
     pub fn keep(&self, default: Keep) -> Keep {
         match self.save {

@@ -14,7 +14,7 @@ pub const GATED: &str = "xllama.gated";
 /// The kernel of act(gate) · up, two arrays of one shape in f32, for training; the attribute `activation` is the name of act.
 pub const GATE: &str = "xllama.gate";
 
-/// The kernel of its derivative: what [`GATE`] is given, its result, and the cotangent of that; those of gate and up.
+/// The kernel of its derivative: what [`GATE`] is given, and the cotangent of its result; those of gate and up.
 pub const GATE_GRADIENT: &str = "xllama.gate_gradient";
 
 /// down(act(gate(x)) · up(x)). `x`: (B, S, M) → (B, S, M) in f32.

@@ -39,8 +39,11 @@ pub fn frequencies(g: &Graph, batch: usize, length: Option<usize>, cfg: &ModelCo
 pub fn ropes(positions: &Tensor, frequencies: &[Tensor], cfg: &ModelConfig) -> Vec<Rope> {
     let one = |(i, (rope, frequency)): (usize, (&config::Rope, &Tensor))| {
         let shape = [positions.dim(0), positions.dim(1), rope.dim / 2];
-        let angle = positions.cast(DType::F32).broadcast(&shape, &[0, 1]) * frequency.broadcast(&shape, &[0, 2]);
-        let (mut cos, mut sin) = (angle.cos(), angle.sin());
+        // A gradient of many layers is as exact as its angles: f32 loses 2⁻²⁴ of one, which is many turns.
+        let exact = positions.graph().training() && positions.graph().platform() == Platform::Cpu;
+        let dtype = if exact { DType::F64 } else { DType::F32 };
+        let angle = positions.cast(dtype).broadcast(&shape, &[0, 1]) * frequency.cast(dtype).broadcast(&shape, &[0, 2]);
+        let (mut cos, mut sin) = (angle.cos().cast(DType::F32), angle.sin().cast(DType::F32));
         if rope.attention_factor() != 1.0 {
             (cos, sin) = (cos * rope.attention_factor(), sin * rope.attention_factor());
         }

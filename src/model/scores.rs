@@ -32,8 +32,8 @@ const ONLINE: [usize; 2] = [512, 1024];
 /// attribute `softcap` is 0 where there is none.
 pub const ATTEND: &str = "xllama.attend";
 
-/// The kernel of its derivative, for caches of floats: what [`ATTEND`] is given, its result, and the cotangent (B, S, G, R, K) of that;
-/// those of q, k and v, f32.
+/// The kernel of its derivative, for caches of floats: what [`ATTEND`] is given, and the cotangent (B, S, G, R, K) of its result; those
+/// of q, k and v, f32.
 pub const ATTEND_GRADIENT: &str = "xllama.attend_gradient";
 
 /// The queries of one layer.

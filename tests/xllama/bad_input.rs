@@ -211,6 +211,10 @@ fn prompts_longer_than_the_context() {
     run(["logits", "--model", &model, "--tokens", &tokens, "--out", &folder.arg("x.npz")])
         .fails(1, &["the prompt of 25 tokens", "24 is the limit"]);
     run(["bench", "--model", &model, "--prompt-tokens", "20", "--gen-tokens", "5"]).fails(1, &["24 is the limit"]);
+    run(["bench", "--model", &model, "--save", "dots"]).fails(2, &["--save", "--train"]);
+    run(["bench", "--model", &model, "--microbatches", "2"]).fails(2, &["--microbatches", "--train"]);
+    let compile = ["compile", "--model", &model, "--target", "cpu", "--lora-rank", "2"];
+    run(compile).fails(2, &["--lora-rank", "--program train"]);
 
     // A prompt that just fits still gets the one token that needs no further position; a shorter one fills the context.
     let done = generate(&["ab", "--max-tokens", "1000000", "--logit-bias", "2=-inf"]).json();

@@ -1,10 +1,10 @@
 //! Gradients of whole models against PyTorch's autograd in float64: every parameter, and every adapter beside one, of every small
-//! golden, with and without values computed once more.
+//! golden, with and without values computed once more, and of real models.
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::PathBuf;
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use converter::layout::Layout;
 use converter::{Checkpoint, Llama, Param};
@@ -12,9 +12,11 @@ use serde::Deserialize;
 use xla::DType;
 use xla::graph::{Platform, Save};
 use xla::pjrt::Client;
+use xla::wheel::FetchOptions;
 use xllama::config::{LoraConfig, LoraProjection};
 use xllama::model::LossOptions;
-use xllama::runtime::{Blueprint, GradientSpec, build_gradients, device, trains};
+use xllama::models::resolve;
+use xllama::runtime::{Blueprint, GradientSpec, build_gradients, device, register_kernels, trains};
 use xllama::sharding::MeshShape;
 
 use crate::support::{golden, plugin};
@@ -152,7 +154,7 @@ fn gradients(
     checkpoint: &Checkpoint,
     case: &Case,
     lora: Option<LoraConfig>,
-    save: Save,
+    (save, kernels): (Save, &'static [&'static str]),
 ) -> (f64, f64, BTreeMap<String, Vec<f32>>) {
     let (batch, tokens) = (case.tokens.len(), case.tokens[0].len());
     let spec = GradientSpec { batch, tokens, loss: case.loss_options(), save };
@@ -160,6 +162,7 @@ fn gradients(
     cfg.lora = lora;
     let params = checkpoint.params().clone().with_adapters(&cfg);
     let model = Blueprint::new(&cfg, &params, DType::F32, MeshShape::default(), Platform::Cpu).expect("a model");
+    let model = model.with_kernels(kernels);
     let module = build_gradients(&spec, &model).unwrap_or_else(|e| panic!("{e}"));
     let exe = client.compile(&module.stablehlo(), &model.compile_options()).expect("it compiles");
     let adapters = lora_values(&params);
@@ -203,23 +206,36 @@ impl Sketch {
 /// How far the gradient of a parameter may be.
 const RELATIVE: f64 = 2e-5;
 
-/// Each golden's losses and gradients, or those of its adapters, are PyTorch's, whatever is kept for the gradients.
-fn compare(adapters: Option<&LoraVectors>, saves: &[Save]) {
-    let client = device::open(plugin(), 1).expect("the plugin opens").1;
-    let cases: Vec<(String, Case)> = vectors().cases.into_iter().collect();
-    assert!(cases.len() >= 39, "{}", cases.len());
+/// The same of Gemma 3 270M, whose residual stream reaches 1e5: three of its 236 tensors are at 2.0e-5 to 2.9e-5, now these and now
+/// those with another order of sums.
+const RELATIVE_OF_GEMMA: f64 = 3e-5;
+
+/// Each golden's losses and gradients, or those of its adapters, are PyTorch's, whatever is kept for the gradients and whether kernels
+/// compute some of them.
+fn compare(
+    cases: BTreeMap<String, Case>,
+    folder: impl Fn(&str) -> PathBuf + Sync,
+    adapters: Option<&LoraVectors>,
+    ways: &[(Save, bool)],
+) {
+    let (plugin, client) = device::open(plugin(), 1).expect("the plugin opens");
+    let kernels = register_kernels(&plugin);
+    assert!(!kernels.is_empty());
+    let cases: Vec<(String, Case)> = cases.into_iter().collect();
     let failures = Mutex::new(Vec::new());
     let next = AtomicUsize::new(0);
     let work = || {
         while let Some((name, case)) = cases.get(next.fetch_add(1, Ordering::Relaxed)) {
-            let checkpoint = Checkpoint::open(Path::new(&golden(name))).expect("a checkpoint");
+            let checkpoint = Checkpoint::open(&folder(name)).expect("a checkpoint");
             let (losses, wanted) = match adapters.map(|lora| &lora.cases[name]) {
                 Some(LoraCase { loss, cross_entropy, gradients }) => ([*loss, *cross_entropy], gradients),
                 None => ([case.loss, case.cross_entropy], &case.gradients),
             };
-            for save in saves {
+            let relative = if name == "gemma3-270m" { RELATIVE_OF_GEMMA } else { RELATIVE };
+            for (save, by_kernels) in ways {
                 let lora = adapters.map(|_| lora_config());
-                let (loss, own, found) = gradients(&client, &checkpoint, case, lora, save.clone());
+                let way = (save.clone(), if *by_kernels { kernels } else { &[] });
+                let (loss, own, found) = gradients(&client, &checkpoint, case, lora, way);
                 let mut wrong = Vec::new();
                 for (what, found, wanted) in [("loss", loss, losses[0]), ("cross-entropy", own, losses[1])] {
                     if (found - wanted).abs() > 2e-6 * wanted.abs() {
@@ -232,7 +248,7 @@ fn compare(adapters: Option<&LoraVectors>, saves: &[Save]) {
                         None => wrong.push(format!("{tensor} is missing")),
                         Some(found) => {
                             let off = distance(found, wanted, whole);
-                            if off.is_nan() || off > RELATIVE {
+                            if off.is_nan() || off > relative {
                                 wrong.push(format!("{tensor}: {off:.1e}"));
                             }
                         }
@@ -243,7 +259,10 @@ fn compare(adapters: Option<&LoraVectors>, saves: &[Save]) {
                     wrong.push(format!("PyTorch has no {unknown:?}"));
                 }
                 if !wrong.is_empty() {
-                    failures.lock().unwrap().push(format!("{name}, {save:?}: {}", wrong.join(", ")));
+                    failures
+                        .lock()
+                        .unwrap()
+                        .push(format!("{name}, {save:?}, kernels {by_kernels}: {}", wrong.join(", ")));
                 }
             }
         }
@@ -258,11 +277,27 @@ fn compare(adapters: Option<&LoraVectors>, saves: &[Save]) {
 
 #[test]
 fn every_golden_has_pytorchs_gradients() {
-    compare(None, &[Save::Everything, Save::Nothing]);
+    let cases = vectors().cases;
+    assert!(cases.len() >= 39, "{}", cases.len());
+    compare(cases, |name| golden(name).into(), None, &[(Save::Everything, true), (Save::Nothing, false)]);
+}
+
+/// Those of SmolLM2 and Gemma 3 270M, too, in as many positions as their goldens have.
+#[test]
+fn real_models_have_pytorchs_gradients() {
+    let text = include_str!("../data/training/models.json");
+    let Vectors { cases } = serde_json::from_str(text).expect("as the script writes it");
+    assert_eq!(cases.keys().collect::<Vec<_>>(), ["gemma3-270m", "smollm2-135m"]);
+    let folder = |name: &str| {
+        let options = FetchOptions::default();
+        resolve(name, &options, &AtomicBool::new(false), &|_| ()).expect("a packaged model")
+    };
+    compare(cases, folder, None, &[(Save::Dots, true)]);
 }
 
 #[test]
 fn every_golden_has_pytorchs_gradients_of_adapters() {
     let text = include_str!("../data/training/lora.json");
-    compare(Some(&serde_json::from_str(text).expect("as the script writes it")), &[Save::Dots]);
+    let adapters = serde_json::from_str(text).expect("as the script writes it");
+    compare(vectors().cases, |name| golden(name).into(), Some(&adapters), &[(Save::Dots, true)]);
 }

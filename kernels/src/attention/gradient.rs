@@ -1,10 +1,11 @@
-//! The derivative of attention, which never holds the scores (Dao et al. 2022, algorithm 4): with P the softmax of the scores, O = P·V
-//! and dO the cotangent of O,
+//! The derivative of attention, which never holds the scores (Dao et al. 2022, algorithm 4): with P the softmax of the scores, dO the
+//! cotangent of P·V and dP = dO·Vᵀ,
 //!
-//! dV = Pᵀ·dO, dS = P ∘ (dO·Vᵀ − rowsum(dO ∘ O)), dQ = dS·K, dK = dSᵀ·Q.
+//! dV = Pᵀ·dO, dS = P ∘ (dP − rowsum(P ∘ dP)), dQ = dS·K, dK = dSᵀ·Q.
 //!
-//! Tiles as those of the forward pass: a first look at all keys finds the highest score of each row and the sum of its weights, a
-//! second one the products, part by part.
+//! Tiles as those of the forward pass: a first look at all keys finds the highest score of each row, the sum of its weights and
+//! rowsum(P ∘ dP), a second one the products, part by part. The row sum is that of the very dP it is subtracted from, and not
+//! rowsum(dO ∘ O), its other form: where one key has nearly all the weight, the difference is little beside either.
 
 use std::ops::Range;
 
@@ -32,24 +33,15 @@ pub struct Gradients<'a> {
     pub v: &'a mut [f32],
 }
 
-/// What q, k and v of [`attend`](super::attend) change of a function, given what its result `out` changes of it, `cotangent`, both
-/// (B, S, G, R, K). Roundings to the type of the cache count as if there were none.
+/// What q, k and v of [`attend`](super::attend) change of a function, given what its result changes of it, `cotangent` (B, S, G, R, K). Roundings to the type of the cache count as if there were none.
 ///
 /// # Panics
 /// As [`attend`](super::attend), and where the cache is int8, whose values do not change by little.
-pub fn attend_gradient(
-    isa: Isa,
-    pool: &dyn Pool,
-    problem: &Attend,
-    out: &[f32],
-    cotangent: &[f32],
-    gradients: &mut Gradients,
-) {
+pub fn attend_gradient(isa: Isa, pool: &dyn Pool, problem: &Attend, cotangent: &[f32], gradients: &mut Gradients) {
     let call = Call::new(isa, pool, problem, "attend_gradient");
     let Sizes { batch, queries, groups, heads, width, keys } = problem.sizes;
     let (rows, of_keys) = ([batch, queries, groups, heads, width], [batch, groups, keys, width]);
-    let lengths: [(&str, usize, &[usize]); 5] = [
-        ("out", out.len(), &rows),
+    let lengths: [(&str, usize, &[usize]); 4] = [
         ("the cotangent", cotangent.len(), &rows),
         ("the gradient of q", gradients.q.len(), &rows),
         ("the gradient of k", gradients.k.len(), &of_keys),
@@ -58,21 +50,17 @@ pub fn attend_gradient(
     for (name, found, expected) in lengths {
         assert!(counts(found, expected), "attend_gradient: {name} must be {expected:?} elements, found {found}");
     }
-    let rows = Rows { out, cotangent };
     match (problem.k, problem.v) {
-        (Kv::F32(k), Kv::F32(v)) => rows.run(&call, k, v, gradients),
-        (Kv::Bf16(k), Kv::Bf16(v)) => rows.run(&call, k, v, gradients),
-        (Kv::F16(k), Kv::F16(v)) => rows.run(&call, k, v, gradients),
+        (Kv::F32(k), Kv::F32(v)) => Rows(cotangent).run(&call, k, v, gradients),
+        (Kv::Bf16(k), Kv::Bf16(v)) => Rows(cotangent).run(&call, k, v, gradients),
+        (Kv::F16(k), Kv::F16(v)) => Rows(cotangent).run(&call, k, v, gradients),
         (k, v) => panic!("attend_gradient: k and v must be of one float type, found {} and {}", k.name(), v.name()),
     }
 }
 
-/// What is known of the rows of queries beside themselves.
+/// The cotangents of the rows of queries.
 #[derive(Clone, Copy)]
-struct Rows<'a> {
-    out: &'a [f32],
-    cotangent: &'a [f32],
-}
+struct Rows<'a>(&'a [f32]);
 
 /// What a tile computes with.
 struct Work<'a> {
@@ -86,11 +74,11 @@ struct Work<'a> {
     before: &'a mut [f32],
     /// The sums of the weights, then 1 / that.
     totals: &'a mut [f32],
-    /// rowsum(dO ∘ O).
+    /// rowsum(P ∘ dP).
     deltas: &'a mut [f32],
     /// Scores of a part, then P, (keys, columns).
     weights: &'a mut [f32],
-    /// dO·Vᵀ of a part, then dS, (keys, columns).
+    /// dP of a part, then dS, (keys, columns).
     slopes: &'a mut [f32],
     /// dQ, (rows, stride).
     sums: &'a mut [f32],
@@ -209,44 +197,43 @@ impl Rows<'_> {
         let parts = || keys.clone().step_by(PART).map(|at| at..keys.end.min(at + PART));
         let [turned_q, turned_ct] = &mut work.turned;
         tile.turn::<S, E>(simd, call, call.q, turned_q);
-        tile.turn::<S, f32>(simd, call, self.cotangent, turned_ct);
+        tile.turn::<S, f32>(simd, call, self.0, turned_ct);
         tile.offsets(call, &mut work.offsets[..columns]);
-        work.deltas.fill(0.0);
         for row in 0..tile.rows {
-            let at = tile.row(&call.sizes, row);
-            let (out, ct) = (&self.out[at..at + width], &self.cotangent[at..at + width]);
+            let (at, to) = (tile.row(&call.sizes, row), row * stride..(row + 1) * stride);
             let [q_rows, ct_rows] = &mut work.rows;
-            widen(simd, &call.q[at..at + width], width, &mut q_rows[row * stride..][..stride], stride);
-            widen(simd, ct, width, &mut ct_rows[row * stride..][..stride], stride);
-            let mut sum = simd.zero();
-            for (out, ct) in out.chunks(S::LANES).zip(ct.chunks(S::LANES)) {
-                sum = simd.fma(simd.load_part(out), simd.load_part(ct), sum);
-            }
-            work.deltas[row] = simd.reduce_add(sum);
+            widen(simd, &call.q[at..at + width], width, &mut q_rows[to.clone()], stride);
+            widen(simd, &self.0[at..at + width], width, &mut ct_rows[to], stride);
         }
 
         work.highest[..columns].fill(LOWEST);
         work.totals[..columns].fill(0.0);
+        work.deltas[..columns].fill(0.0);
         for part in parts() {
             work.before.copy_from_slice(work.highest);
-            scores(simd, tile, call, k, part.clone(), work);
+            products(simd, tile, call, [k, v], part.clone(), work);
             for column in (0..columns).step_by(S::LANES) {
                 let most = simd.load(&work.highest[column..]);
                 let shrink = weight(simd, simd.sub(simd.load(&work.before[column..]), most));
-                let mut total = simd.mul(simd.load(&work.totals[column..]), shrink);
-                for scores in work.weights.chunks_exact(columns).take(part.len()) {
-                    total = simd.add(total, weight(simd, simd.sub(simd.load(&scores[column..]), most)));
+                let [mut total, mut delta] =
+                    [&work.totals, &work.deltas].map(|sums| simd.mul(simd.load(&sums[column..]), shrink));
+                for at in (column..).step_by(columns).take(part.len()) {
+                    let p = weight(simd, simd.sub(simd.load(&work.weights[at..]), most));
+                    total = simd.add(total, p);
+                    delta = simd.fma(p, simd.load(&work.slopes[at..]), delta);
                 }
                 simd.store(&mut work.totals[column..], total);
+                simd.store(&mut work.deltas[column..], delta);
             }
         }
-        work.totals[..columns].iter_mut().for_each(|total| *total = if *total == 0.0 { 0.0 } else { 1.0 / *total });
+        for (total, delta) in work.totals.iter_mut().zip(&mut *work.deltas).take(columns) {
+            *total = if *total == 0.0 { 0.0 } else { 1.0 / *total };
+            *delta *= *total;
+        }
 
         work.sums.fill(0.0);
         for part in parts() {
-            scores(simd, tile, call, k, part.clone(), work);
-            let (values, from) = rows_of(simd, tile, call, v, part.clone(), false, work.wide);
-            tile.multiply_keys(simd, work.turned[1], values, from, part.len(), width, work.slopes);
+            products(simd, tile, call, [k, v], part.clone(), work);
             slopes(simd, call.softcap, part.len(), columns, work);
             let [q_rows, ct_rows] = &work.rows;
             let own = part.start * stride..part.end * stride;
@@ -284,16 +271,26 @@ fn rows_of<'a, S: Simd, E: Element>(
     }
 }
 
-/// The scores of a part in `weights`, as the mask leaves them, and the highest of each row so far.
+/// The scores of a part in `weights`, as the mask leaves them, with the highest of each row so far, and dP in `slopes`.
 #[inline(always)]
-fn scores<S: Simd, E: Element>(simd: S, tile: &Tile, call: &Call, k: &[E], part: Range<usize>, work: &mut Work<'_>) {
+fn products<S: Simd, E: Element>(
+    simd: S,
+    tile: &Tile,
+    call: &Call,
+    [k, v]: [&[E]; 2],
+    part: Range<usize>,
+    work: &mut Work<'_>,
+) {
+    let (count, width) = (part.len(), call.sizes.width);
     let (keys, from) = rows_of(simd, tile, call, k, part.clone(), false, work.wide);
-    let scores = &mut work.weights[..part.len() * tile.columns];
-    tile.multiply_keys(simd, work.turned[0], keys, from, part.len(), call.sizes.width, scores);
-    tile.finish_scores(simd, call, part, None, work.offsets, scores, &mut work.highest[..tile.columns]);
+    let scores = &mut work.weights[..count * tile.columns];
+    tile.multiply_keys(simd, work.turned[0], keys, from, count, width, scores);
+    tile.finish_scores(simd, call, part.clone(), None, work.offsets, scores, &mut work.highest[..tile.columns]);
+    let (values, from) = rows_of(simd, tile, call, v, part, false, work.wide);
+    tile.multiply_keys(simd, work.turned[1], values, from, count, width, work.slopes);
 }
 
-/// P in the place of `count` keys' scores, and dS in that of dO·Vᵀ.
+/// P in the place of `count` keys' scores, and dS in that of dP.
 #[inline(always)]
 fn slopes<S: Simd>(simd: S, softcap: Option<f32>, count: usize, columns: usize, work: &mut Work<'_>) {
     for column in (0..columns).step_by(S::LANES) {

@@ -30,9 +30,9 @@ impl Handler for AttendGradient {
 
     fn call(frame: &mut CallFrame<'_>) -> Result<(), FfiError> {
         let (problem, behind) = problem(frame)?;
-        let (out, cotangent) = (frame.arg(behind)?, frame.arg(behind + 1)?);
+        let cotangent = frame.arg(behind)?;
         let mut gradients = Gradients { q: frame.result(0)?, k: frame.result(1)?, v: frame.result(2)? };
-        attention::attend_gradient(Isa::detected(), &XlaPool::new(frame), &problem, out, cotangent, &mut gradients);
+        attention::attend_gradient(Isa::detected(), &XlaPool::new(frame), &problem, cotangent, &mut gradients);
         Ok(())
     }
 }

@@ -28,8 +28,7 @@ impl Handler for GateGradient {
 
     fn call(frame: &mut CallFrame<'_>) -> Result<(), FfiError> {
         let (activation, pool) = (activation(frame)?, XlaPool::new(frame));
-        // Number 2 is the result, which the derivative does not read.
-        let (gate, up, cotangent) = (frame.arg(0)?, frame.arg(1)?, frame.arg(3)?);
+        let (gate, up, cotangent) = (frame.arg(0)?, frame.arg(1)?, frame.arg(2)?);
         let (of_gate, of_up) = (frame.result(0)?, frame.result(1)?);
         kernels::gate_gradient(Isa::detected(), &pool, activation, gate, up, cotangent, of_gate, of_up);
         Ok(())

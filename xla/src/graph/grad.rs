@@ -256,9 +256,8 @@ impl Vjp<'_, '_> {
         let floats: Vec<usize> = (0..avals.len()).filter(|&i| avals[i].dtype.is_float()).collect();
         let all: Vec<usize> = (0..self.cotangents.len()).collect();
         let operands = (0..avals.len()).map(|i| self.input(i)).collect::<Vec<_>>();
-        let results = all.iter().map(|&i| self.output(i)).collect::<Vec<_>>();
         let cotangents = all.iter().map(|&i| self.cotangent(i)).collect::<Vec<_>>();
-        let inputs: Vec<&Tensor> = operands.iter().chain(&results).chain(&cotangents).collect();
+        let inputs: Vec<&Tensor> = operands.iter().chain(&cotangents).collect();
         let found = self.graph.kernel(kernel, &inputs, |args| {
             let cotangents = &args[args.len() - all.len()..];
             let found = pulled(self.graph, body, &mut |i| args[i].clone(), &all, cotangents, &floats);

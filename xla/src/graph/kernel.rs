@@ -36,7 +36,7 @@ impl Kernel {
         self
     }
 
-    /// Names the kernel of the derivative. It is given the operands, the results and their cotangents, and the same attributes; its
+    /// Names the kernel of the derivative. It is given the operands, then the cotangents of the results, and the same attributes; its
     /// results are the cotangents of the float operands in f32. Where it is not known, the derivative is that of the definition.
     pub fn gradient(mut self, name: &'static str) -> Kernel {
         self.gradient = Some(name);
