@@ -44,9 +44,10 @@ to the last, and nothing is left to be surprised at.
 
 Whoever hears this page from the model itself may be sure of one thing: on the way there every derivative had the right sign.";
 
-/// The most steps that are taken, and the loss at which the page is known.
-const STEPS: u32 = 600;
-const KNOWN: f32 = 0.003;
+/// The most steps that are taken, and the loss at which the page is known: less than ln 2 over all 1047 places, so that each byte has
+/// more than half of the probability.
+const STEPS: u32 = 400;
+const KNOWN: f32 = 0.0006;
 
 /// The id before the text and the one after it; those of bytes follow.
 const BEGIN: i32 = 0;

@@ -6,8 +6,10 @@ use std::path::Path;
 use converter::{Checkpoint, Packing};
 use xla::DType;
 use xla::graph::{Graph, Platform, Tensor};
+use xllama::config::Activation;
 use xllama::generation::sampling::{SamplerArgs, SamplerSpec, sample};
-use xllama::model::{mlp, rms_norm};
+use xllama::kv_cache::{Order, Past};
+use xllama::model::{ATTEND, ATTEND_GRADIENT, GATE, GATE_GRADIENT, Queries, mlp, rms_norm};
 use xllama::params::{Mlp, Weight};
 use xllama::precision::{Integers, Precision};
 use xllama::runtime::{CacheOptions, Engine, LoadOptions, compile_options, device, register_kernels};
@@ -68,12 +70,17 @@ fn values(g: &Graph, shape: &[usize], scale: f32) -> Tensor {
     g.constant(&data, shape)
 }
 
-/// What a graph of one result gives with kernels and without, and that only one of both calls any.
-fn both<T: xla::pjrt::Element>(build: impl Fn(&Graph) -> Tensor) -> [Vec<T>; 2] {
+/// What a graph of one result gives with kernels, those of inference if `names` are none, and without, and that only one of both calls
+/// any.
+fn both<T: xla::pjrt::Element>(
+    names: Option<&'static [&'static str]>,
+    build: impl Fn(&Graph) -> Tensor,
+) -> [Vec<T>; 2] {
     [true, false].map(|kernels| {
         let (plugin, client) = device::open(plugin(), 1).expect("the plugin opens");
         let g = Graph::new("test");
-        g.set_kernels(if kernels { register_kernels(&plugin) } else { &[] });
+        let registered = register_kernels(&plugin);
+        g.set_kernels(if kernels { names.unwrap_or(registered) } else { &[] });
         g.output("out", &build(&g));
         let text = g.finish().expect("a valid graph").stablehlo();
         assert_eq!(text.contains("xllama."), kernels, "{text}");
@@ -83,32 +90,69 @@ fn both<T: xla::pjrt::Element>(build: impl Fn(&Graph) -> Tensor) -> [Vec<T>; 2] 
 }
 
 fn agree(what: &str, build: impl Fn(&Graph) -> Tensor) {
-    let [with, without] = both::<f32>(build);
+    within(2e-6, what, both::<f32>(None, build));
+}
+
+/// That these are the same but for a part of the largest.
+fn within(tolerance: f32, what: &str, [with, without]: [Vec<f32>; 2]) {
     let largest = without.iter().fold(0.0, |most: f32, x| most.max(x.abs()));
     let worst = with.iter().zip(&without).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
-    assert!(with.len() == without.len() && largest > 0.0 && worst <= 2e-6 * largest, "{what}: {worst} of {largest}");
+    let alike = with.len() == without.len() && largest > 0.0 && worst <= tolerance * largest;
+    assert!(alike, "{what}: {worst} of {largest}");
+}
+
+/// The gradients of Σ weight · y by each of these, as one row.
+fn gradients(y: &Tensor, by: &[&Tensor]) -> Tensor {
+    let g = y.graph();
+    let loss = (y * values(g, y.shape(), 0.7)).sum(&(0..y.rank() as isize).collect::<Vec<_>>());
+    let rows: Vec<Tensor> = g.grad(&loss, by).iter().map(|x| x.reshape(&[x.shape().iter().product()])).collect();
+    g.concatenate(&rows.iter().collect::<Vec<_>>(), 0)
+}
+
+/// More rows than a tile has, windows, softcaps, several slots and heads, and every activation.
+#[test]
+fn derivatives_agree_on_odd_shapes() {
+    let sizes = [[1, 1, 1, 1, 1, 1], [2, 5, 3, 2, 37, 9], [1, 130, 2, 3, 20, 130], [3, 70, 1, 5, 64, 150]];
+    for ([b, s, groups, r, k, t], (window, softcap)) in
+        sizes.into_iter().flat_map(|sizes| [(None, None), (Some(7), Some(0.8))].map(|form| (sizes, form)))
+    {
+        let names = Some(&[ATTEND, ATTEND_GRADIENT][..]);
+        let found = both(names, |g| {
+            let q = values(g, &[b, s, groups, r, k], 0.4);
+            let (keys, v) = (values(g, &[b, groups, t, k], 0.9), values(g, &[b, groups, t, k], 1.1));
+            let positions = g.iota(DType::I32, &[b, s], 1) + (t - s) as i64;
+            let order = window.map_or(Order::Absolute, |window| Order::Windowed { window });
+            let past =
+                Past { k: keys.clone(), v: v.clone(), scales: None, positions: g.iota(DType::I32, &[b, t], 1), order };
+            let queries = Queries { q: q.clone(), positions: &positions, first_row: None, softcap, sinks: None };
+            gradients(&queries.attend(&past), &[&q, &keys, &v])
+        });
+        within(1e-5, &format!("attention {b} {s} {groups} {r} {k} {t}, window {window:?}, softcap {softcap:?}"), found);
+    }
+    let mut cfg = Checkpoint::open(Path::new(&golden("gqa2"))).expect("a checkpoint").config().clone();
+    for act in [Activation::Silu, Activation::Gelu, Activation::GeluTanh, Activation::Relu] {
+        cfg.hidden_act = act;
+        let found = both(Some(&[GATE, GATE_GRADIENT]), |g| {
+            let (x, p) = (values(g, &[2, 7, 33], 1.0), feed_forward(g, 33, 65));
+            gradients(&mlp(&p, &x, &cfg), &[&x, &p.gate_proj.float(), &p.up_proj.float(), &p.down_proj.float()])
+        });
+        within(1e-5, &format!("a gate with {act:?}"), found);
+    }
+}
+
+fn feed_forward(g: &Graph, m: usize, f: usize) -> Mlp<Weight> {
+    let weight = |shape: [usize; 2], scale| Weight::Float(values(g, &shape, scale));
+    let (gate_proj, up_proj, down_proj) = (weight([m, f], 0.05), weight([m, f], 0.04), weight([f, m], 0.3));
+    let [gate_bias, up_bias, down_bias] = [None, None, None];
+    let [gate_lora, up_lora, down_lora] = [None, None, None];
+    Mlp { gate_proj, gate_bias, up_proj, up_bias, down_proj, down_bias, gate_lora, up_lora, down_lora }
 }
 
 #[test]
 fn operations_agree_on_odd_shapes() {
     let cfg = Checkpoint::open(Path::new(&golden("gqa2"))).expect("a checkpoint").config().clone();
     for (rows, m, f) in [(1, 1, 1), (1, 37, 65), (3, 129, 31), (16, 300, 17)] {
-        let dims = |g: &Graph| {
-            let weight = |shape: [usize; 2], scale| Weight::Float(values(g, &shape, scale));
-            let (gate_proj, up_proj, down_proj) = (weight([m, f], 0.05), weight([m, f], 0.04), weight([f, m], 0.3));
-            let p = Mlp {
-                gate_proj,
-                gate_bias: None,
-                up_proj,
-                up_bias: None,
-                down_proj,
-                down_bias: None,
-                gate_lora: None,
-                up_lora: None,
-                down_lora: None,
-            };
-            mlp(&p, &values(g, &[1, rows, m], 1.0), &cfg)
-        };
+        let dims = |g: &Graph| mlp(&feed_forward(g, m, f), &values(g, &[1, rows, m], 1.0), &cfg);
         agree(&format!("a feed-forward of {rows} × {m} × {f}"), dims);
         let norm = |g: &Graph| rms_norm(&values(g, &[1, rows, m], 1.0), &values(g, &[1, m], 1.0).reshape(&[m]), &cfg);
         agree(&format!("a norm of {rows} × {m}"), norm);
@@ -124,7 +168,7 @@ fn the_likeliest_token_is_the_first_of_the_largest() {
             let position = g.full(0i64, DType::I32, &[rows]);
             sample(&logits(g), &position, &SamplerArgs::declare(g, SamplerSpec::default(), rows, vocab))
         };
-        let [with, without] = both::<i32>(choose);
+        let [with, without] = both::<i32>(None, choose);
         assert_eq!(with, without);
         assert_eq!(with, vec![(vocab as i32 - 1).min(96); rows]);
     }
