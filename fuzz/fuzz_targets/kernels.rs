@@ -4,12 +4,12 @@
 #![no_main]
 
 use half::{bf16, f16};
-use kernels::attention::{Attend, Kv, KvMut, Place, Sizes, Step, attend, step};
+use kernels::attention::{Attend, Gradients, Kv, KvMut, Place, Sizes, Step, attend, attend_gradient, step};
 use kernels::experts::{Experts, experts};
 use kernels::packed::{Bits, Format, Packed, Scales, pack_codes, pack_scales};
 use kernels::rope::{Angles, rotate};
 use kernels::{Activation, Isa, Linear, Order, Pool, Serial, Threads, Values, Weight};
-use kernels::{argmax, gated, linear, rms_norm, take_rows};
+use kernels::{argmax, gate_gradient, gated, linear, rms_norm, take_rows};
 use libfuzzer_sys::arbitrary::{Result, Unstructured};
 use libfuzzer_sys::fuzz_target;
 
@@ -24,13 +24,14 @@ fuzz_target!(|data: &[u8]| {
 
 fn call(input: &mut Input) -> Result<()> {
     input.wild = input.choices.ratio(1, 8)?;
-    match input.choices.int_in_range(0..=8)? {
+    match input.choices.int_in_range(0..=9)? {
         0..=2 => linears(input),
         3 => gates(input),
         4 => mixtures(input),
         5 => attention(input),
         6 => steps(input),
         7 => rows_alone(input),
+        8 => slopes(input),
         _ => tokens(input),
     }
 }
@@ -580,6 +581,48 @@ fn attention(input: &mut Input) -> Result<()> {
     attend(isa, pool, &problem, &mut out);
     let expected = attention_of(&q, [&k, &v], &positions, key_positions, window, softcap, sizes);
     input.close("attend", &out, &expected);
+    if matches!(problem.k, Kv::I8 { .. }) {
+        return Ok(());
+    }
+    let cotangent = input.numbers(q.len());
+    let run = |pool: &dyn Pool| {
+        let all = batch * groups * keys * width;
+        let [mut dq, mut dk, mut dv] = [q.len(), all, all].map(|len| vec![f32::NAN; len]);
+        let mut gradients = Gradients { q: &mut dq, k: &mut dk, v: &mut dv };
+        attend_gradient(isa, pool, &problem, &cotangent, &mut gradients);
+        [dq, dk, dv]
+    };
+    for (alone, shared) in run(&Serial).iter().zip(run(&threads)) {
+        // The parts of a head's queries are added in another order.
+        let size = alone.iter().fold(0.0, |most: f64, x| most.max(f64::from(*x).abs()));
+        let all: Vec<_> = alone.iter().map(|&x| (f64::from(x), 1e-4 * size + 1e-30)).collect();
+        input.close("attend_gradient", &shared, &all);
+    }
+    Ok(())
+}
+
+/// The derivative of act(gate) · up beside quotients of differences.
+fn slopes(input: &mut Input) -> Result<()> {
+    let len = input.length(40_000)?;
+    let (isa, threads) = (input.isa()?, input.threads()?);
+    let activation = *input.choices.choose(&ACTIVATIONS)?;
+    let [gates, ups, cotangent] = [(); 3].map(|()| input.numbers(len));
+    let [mut of_gate, mut of_up] = [(); 2].map(|()| vec![f32::NAN; len]);
+    gate_gradient(isa, &threads, activation, &gates, &ups, &cotangent, &mut of_gate, &mut of_up);
+    let numbers = |i: usize| [gates[i], ups[i], cotangent[i]].map(f64::from);
+    let by_gate = (0..len).map(|i| {
+        let [x, up, ct] = numbers(i);
+        let slope = (activate(activation, x + 1e-4) - activate(activation, x - 1e-4)) / 2e-4;
+        // A quotient over the corner of a relu is anything between its slopes.
+        let corner = if x.abs() <= 1e-4 { 1.0 } else { 0.0 };
+        (ct * up * slope, (corner + 1e-5) * (ct * up).abs() * (1.0 + x.abs()) + 1e-30)
+    });
+    input.close("gate_gradient, of the gate", &of_gate, &by_gate.collect::<Vec<_>>());
+    let by_up = (0..len).map(|i| {
+        let [x, _, ct] = numbers(i);
+        (ct * activate(activation, x), 4e-6 * ct.abs() * (1.0 + x.abs()) + 1e-30)
+    });
+    input.close("gate_gradient, of up", &of_up, &by_up.collect::<Vec<_>>());
     Ok(())
 }
 
