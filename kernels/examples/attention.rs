@@ -171,37 +171,46 @@ fn read(pool: &dyn Pool, data: &[u64]) {
     });
 }
 
-/// Multiplies and adds what is in registers; returns how many floating-point operations that were.
+/// Multiplies and adds what is in registers; returns how many floating-point operations that were: none where this is
+/// not known how.
 fn multiply(pool: &dyn Pool) -> f64 {
     const ROUNDS: usize = 20_000;
     let chunks = pool.threads() * 4;
-    pool.run(chunks, &|_| {
+    let (turns, each): (unsafe fn(usize), usize) = match Isa::detected() {
         #[cfg(target_arch = "x86_64")]
-        if is_x86_feature_detected!("avx512f") {
-            // SAFETY: the machine has it.
-            unsafe { multiply_512(ROUNDS) };
+        Isa::Avx512Vnni | Isa::Avx512 => (multiply_512, 24 * 16 * 2),
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2 => (multiply_256, 12 * 8 * 2),
+        _ => return 0.0,
+    };
+    // SAFETY: the machine has the instructions that were detected.
+    pool.run(chunks, &|_| unsafe { turns(ROUNDS) });
+    (chunks * ROUNDS * each) as f64
+}
+
+/// A function of `rounds` turns of `$count` independent multiplications and additions of whole registers.
+#[cfg(target_arch = "x86_64")]
+macro_rules! multiply {
+    ($name:ident, $feature:literal, $count:literal, $splat:ident, $fma:ident) => {
+        #[target_feature(enable = $feature)]
+        fn $name(rounds: usize) {
+            use std::arch::x86_64::*;
+            let (a, b) = ($splat(black_box(0.5)), $splat(black_box(0.25)));
+            let mut acc = [a; $count];
+            for _ in 0..rounds {
+                for acc in &mut acc {
+                    *acc = $fma(*acc, a, b);
+                }
+            }
+            black_box(acc);
         }
-    });
-    (chunks * ROUNDS * 24 * 16 * 2) as f64
+    };
 }
 
 #[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f")]
-fn multiply_512(rounds: usize) {
-    use std::arch::x86_64::*;
-    let (a, b) = (_mm512_set1_ps(black_box(0.5)), _mm512_set1_ps(black_box(0.25)));
-    let mut acc = [a; 24];
-    for _ in 0..rounds {
-        for acc in &mut acc {
-            *acc = _mm512_fmadd_ps(*acc, a, b);
-        }
-    }
-    let mut sum = a;
-    for acc in acc {
-        sum = _mm512_add_ps(sum, acc);
-    }
-    black_box(_mm512_reduce_add_ps(sum));
-}
+multiply!(multiply_512, "avx512f", 24, _mm512_set1_ps, _mm512_fmadd_ps);
+#[cfg(target_arch = "x86_64")]
+multiply!(multiply_256, "avx2,fma", 12, _mm256_set1_ps, _mm256_fmadd_ps);
 
 /// One query over a cache of `keys` positions, in as many layers as make the memory be read anew.
 fn decode(isa: Isa, pool: &dyn Pool, keys: usize) {

@@ -11,6 +11,7 @@ use xla::graph::{Emission, Module, Platform};
 use xla::pjrt::{Client, LoadedExecutable, Plugin};
 
 use super::exec_cache::{ExecutableCache, Origin};
+use super::handlers::of_client;
 use super::placement::{Array, ArrayLayout, Placement};
 use super::program::{self, Blueprint, CacheProgram, StepSpec};
 use super::upload::upload;
@@ -114,9 +115,8 @@ impl Engine {
         let LoadOptions { precision, mesh, partitioner, cache, forms, kernels } = options;
         let platform = forms.unwrap_or(Platform::named(client.platform_name()));
         let model = Blueprint::new(checkpoint.config(), checkpoint.params(), precision, mesh, platform)?
-            .with_partitioner(partitioner);
-        let on_cpu = kernels && Platform::named(client.platform_name()) == Platform::Cpu;
-        let model = model.with_kernels(if on_cpu { super::handlers::register(&plugin) } else { &[] });
+            .with_partitioner(partitioner)
+            .with_kernels(of_client(&plugin, &client, kernels));
         let executables = ExecutableCache::new(cache, &plugin, &client);
         let placement = Placement::new(client, mesh)?;
         let threads = std::thread::available_parallelism().map_or(1, |n| n.get());

@@ -11,7 +11,8 @@ mod sample;
 pub use profile::{KernelCall, kernel_calls};
 
 use kernels::Pool;
-use xla::pjrt::{CallFrame, Error, FfiError, Handler, Plugin, ThreadPool};
+use xla::graph::Platform;
+use xla::pjrt::{CallFrame, Client, Error, FfiError, Handler, Plugin, ThreadPool};
 
 use crate::generation::sampling::ARGMAX;
 use crate::model::{
@@ -54,6 +55,11 @@ pub fn register(plugin: &Plugin) -> &'static [&'static str] {
             &[]
         }
     }
+}
+
+/// The kernels of a client's devices, made known to its plugin: none where they are not `wanted`, or it is no CPU.
+pub(super) fn of_client(plugin: &Plugin, client: &Client, wanted: bool) -> &'static [&'static str] {
+    if wanted && Platform::named(client.platform_name()) == Platform::Cpu { register(plugin) } else { &[] }
 }
 
 /// XLA's threads as kernels use them.

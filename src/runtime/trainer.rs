@@ -11,7 +11,7 @@ use xla::pjrt::{Client, LoadedExecutable, Plugin};
 use super::engine::LoadOptions;
 use super::exec_cache::ExecutableCache;
 use super::gradients::trains;
-use super::handlers::register;
+use super::handlers::of_client;
 use super::placement::{Array, ArrayLayout, Placement};
 use super::program::Blueprint;
 use super::train_step::{METRICS, TrainSpec, build_train};
@@ -74,10 +74,9 @@ impl Trainer {
         let mut cfg = checkpoint.config().clone();
         cfg.lora = lora;
         let params = checkpoint.params().clone().with_adapters(&cfg);
-        let on_cpu = kernels && Platform::named(client.platform_name()) == Platform::Cpu;
         let model = Blueprint::new(&cfg, &params, precision, mesh, platform)?
             .with_partitioner(partitioner)
-            .with_kernels(if on_cpu { register(plugin) } else { &[] });
+            .with_kernels(of_client(plugin, &client, kernels));
         let module = build_train(&spec, &model)?;
         let executables = ExecutableCache::new(cache, plugin, &client);
         let placement = Placement::new(client, mesh)?;

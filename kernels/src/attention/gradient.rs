@@ -12,7 +12,7 @@ use std::ops::Range;
 use super::element::{Element, widen};
 use super::parts::{LINE, Parts, cut};
 use super::softmax::weight;
-use super::tiles::{PART, ROWS, Tile, VALUE_ROWS};
+use super::tiles::{PART, ROWS, Terms, Tile};
 use super::visible::LOWEST;
 use super::{Attend, Call, Kv, Sizes};
 use crate::scratch::{Scratch, counts};
@@ -33,7 +33,8 @@ pub struct Gradients<'a> {
     pub v: &'a mut [f32],
 }
 
-/// What q, k and v of [`attend`](super::attend) change of a function, given what its result changes of it, `cotangent` (B, S, G, R, K). Roundings to the type of the cache count as if there were none.
+/// What q, k and v of [`attend`](super::attend) change of a function, given what its result changes of it, `cotangent`
+/// (B, S, G, R, K). Roundings to the type of the cache count as if there were none.
 ///
 /// # Panics
 /// As [`attend`](super::attend), and where the cache is int8, whose values do not change by little.
@@ -115,8 +116,8 @@ impl Rows<'_> {
             let tiles = (part..tiles).step_by(parts).map(|tile| tile * each..((tile + 1) * each).min(queries));
             let whole = Tile::new(&call.sizes, head, 0..each);
             let Tile { rows, columns, stride, .. } = whole;
-            let rows = rows.next_multiple_of(VALUE_ROWS) * stride;
-            let column = PART * columns + VALUE_ROWS;
+            let rows = rows * stride;
+            let column = PART * columns;
             let lengths = [
                 width * columns,
                 width * columns,
@@ -237,10 +238,12 @@ impl Rows<'_> {
             slopes(simd, call.softcap, part.len(), columns, work);
             let [q_rows, ct_rows] = &work.rows;
             let own = part.start * stride..part.end * stride;
-            turned_products(simd, tile, work.weights, ct_rows, part.len(), &mut dv[own.clone()]);
-            turned_products(simd, tile, work.slopes, q_rows, part.len(), &mut dk[own]);
-            let (keys, from) = rows_of(simd, tile, call, k, part.clone(), true, work.wide);
-            tile.multiply_values(simd, work.slopes, keys, from, part.len(), width, work.sums);
+            let of_rows = |weights, rows| Terms { weights, steps: [columns, 1], rows, stride, count: tile.rows };
+            of_rows(&*work.weights, &**ct_rows).add(simd, part.len(), width, &mut dv[own.clone()], stride);
+            of_rows(&*work.slopes, &**q_rows).add(simd, part.len(), width, &mut dk[own], stride);
+            let (rows, from) = rows_of(simd, tile, call, k, part.clone(), true, work.wide);
+            let of_keys = Terms { weights: work.slopes, steps: [1, columns], rows, stride: from, count: part.len() };
+            of_keys.add(simd, tile.rows, width, work.sums, stride);
         }
         for (row, sums) in work.sums.chunks_exact(stride).enumerate().take(tile.rows) {
             // SAFETY: the tile's own rows.
@@ -308,65 +311,6 @@ fn slopes<S: Simd>(simd: S, softcap: Option<f32>, count: usize, columns: usize, 
             }
             simd.store(weights, p);
             simd.store(slopes, slope);
-        }
-    }
-}
-
-/// Adds Σ over the tile's rows of weight (keys, columns) · row (rows, stride) to `sums` (keys, stride).
-#[inline(always)]
-fn turned_products<S: Simd>(simd: S, tile: &Tile, weights: &[f32], rows: &[f32], count: usize, sums: &mut [f32]) {
-    let vectors = tile.stride / S::LANES;
-    let blocks = vectors.div_ceil(if S::REGISTERS >= 32 { 4 } else { 2 });
-    let mut at = 0;
-    for block in 0..blocks {
-        let n = (vectors - at).div_ceil(blocks - block);
-        let d = at * S::LANES;
-        let args = (weights, &rows[d..], count, &mut sums[d..]);
-        match n {
-            1 => turned_block::<S, 1>(simd, tile, args),
-            2 => turned_block::<S, 2>(simd, tile, args),
-            3 => turned_block::<S, 3>(simd, tile, args),
-            _ => turned_block::<S, 4>(simd, tile, args),
-        }
-        at += n;
-    }
-}
-
-/// [`turned_products`] of `N` vectors.
-#[inline(always)]
-fn turned_block<S: Simd, const N: usize>(
-    simd: S,
-    tile: &Tile,
-    (weights, rows, count, sums): (&[f32], &[f32], usize, &mut [f32]),
-) {
-    let Tile { rows: many, columns, stride, .. } = *tile;
-    assert!(weights.len() >= count * columns && columns >= many && rows.len() >= (many - 1) * stride + N * S::LANES);
-    for t in (0..count).step_by(VALUE_ROWS) {
-        // Behind the last key it is multiplied again.
-        let mut from = [weights.as_ptr(); VALUE_ROWS];
-        for (i, from) in from.iter_mut().enumerate() {
-            *from = weights[(t + i).min(count - 1) * columns..].as_ptr();
-        }
-        let mut acc = [[simd.zero(); N]; VALUE_ROWS];
-        for row in 0..many {
-            let mut own = [simd.zero(); N];
-            for (i, own) in own.iter_mut().enumerate() {
-                // SAFETY: each row has N vectors from here on; asserted above.
-                *own = unsafe { simd.read(rows.as_ptr().add(row * stride + i * S::LANES)) };
-            }
-            for (acc, from) in acc.iter_mut().zip(from) {
-                // SAFETY: a key has a weight for each row; asserted above.
-                let weight = simd.splat(unsafe { *from.add(row) });
-                for (acc, own) in acc.iter_mut().zip(own) {
-                    *acc = simd.fma(weight, own, *acc);
-                }
-            }
-        }
-        for (i, acc) in acc.into_iter().enumerate().take(count - t) {
-            for (j, acc) in acc.into_iter().enumerate() {
-                let to = &mut sums[(t + i) * stride + j * S::LANES..];
-                simd.store(to, simd.add(simd.load(to), acc));
-            }
         }
     }
 }

@@ -29,8 +29,8 @@ pub const PART: usize = 64;
 const SCORES: usize = worth(ROWS << 13);
 /// Vectors of rows whose products with keys are summed together.
 const VECTORS: usize = 3;
-/// Rows whose products with values are summed together.
-pub const VALUE_ROWS: usize = 6;
+/// Outputs that are summed together.
+const SUMMED: usize = 6;
 /// Terms of one accumulator; sums of these are added up.
 const TERMS: usize = 128;
 
@@ -87,11 +87,11 @@ pub fn attend<E: Element>(call: &Call, k: Array<'_, E>, v: Array<'_, E>, out: &m
         let lengths = [
             width * columns,
             columns,
-            keys.len().min(held) * columns + VALUE_ROWS,
+            keys.len().min(held) * columns,
             columns,
             columns,
             columns,
-            rows.next_multiple_of(VALUE_ROWS) * stride,
+            rows * stride,
             PART * stride,
         ];
         let len = lengths.iter().map(|len| len.next_multiple_of(LINE)).sum();
@@ -169,7 +169,9 @@ impl Tile {
                         (&*work.wide, self.stride)
                     }
                 };
-                self.multiply_values(simd, scores, data, stride, part.len(), call.sizes.width, work.sums);
+                let weights = &scores[..part.len() * self.columns];
+                let terms = Terms { weights, steps: [1, self.columns], rows: data, stride, count: part.len() };
+                terms.add(simd, self.rows, call.sizes.width, work.sums, self.stride);
             }
         }
         let width = call.sizes.width;
@@ -334,41 +336,6 @@ impl Tile {
             simd.store(total, simd.add(simd.load(total), sum));
         }
     }
-
-    /// weights·values of `count` values, `stride` elements apart, added to `sums` (rows, stride).
-    #[inline(always)]
-    #[allow(clippy::too_many_arguments)]
-    pub fn multiply_values<S: Simd>(
-        &self,
-        simd: S,
-        weights: &[f32],
-        values: &[f32],
-        stride: usize,
-        count: usize,
-        width: usize,
-        sums: &mut [f32],
-    ) {
-        let vectors = width.div_ceil(S::LANES);
-        assert!(values.len() >= (count - 1) * stride + vectors * S::LANES);
-        // The accumulators of a block: as even as can be, at most as many vectors as there are registers for.
-        let blocks = vectors.div_ceil(if S::REGISTERS >= 32 { 4 } else { 2 });
-        for row in (0..self.rows).step_by(VALUE_ROWS) {
-            let sums = &mut sums[row * self.stride..][..VALUE_ROWS * self.stride];
-            let mut at = 0;
-            for block in 0..blocks {
-                let n = (vectors - at).div_ceil(blocks - block);
-                let d = at * S::LANES;
-                let args = (&weights[row..], self.columns, &values[d..], stride, count, &mut sums[d..], self.stride);
-                match n {
-                    1 => value_products::<S, 1>(simd, args),
-                    2 => value_products::<S, 2>(simd, args),
-                    3 => value_products::<S, 3>(simd, args),
-                    _ => value_products::<S, 4>(simd, args),
-                }
-                at += n;
-            }
-        }
-    }
 }
 
 /// Queries (K, columns); keys, their stride, count and K; scores (keys, columns); columns.
@@ -414,35 +381,77 @@ fn key_products<S: Simd, const N: usize, const KEYS: usize>(
     }
 }
 
-/// Weights (keys, columns), columns; values, their stride and count; sums and their stride.
-type ValueProducts<'a> = (&'a [f32], usize, &'a [f32], usize, usize, &'a mut [f32], usize);
+/// Rows that are summed with weights.
+#[derive(Clone, Copy)]
+pub struct Terms<'a> {
+    /// A weight for each output and term.
+    pub weights: &'a [f32],
+    /// Weights from output to output, and from term to term.
+    pub steps: [usize; 2],
+    /// The terms, whole vectors of LANES.
+    pub rows: &'a [f32],
+    /// Elements from term to term.
+    pub stride: usize,
+    /// How many there are.
+    pub count: usize,
+}
 
-/// weights·values of `N` vectors for [`VALUE_ROWS`] rows.
-#[inline(always)]
-fn value_products<S: Simd, const N: usize>(
-    simd: S,
-    (weights, columns, values, stride, count, sums, sums_stride): ValueProducts<'_>,
-) {
-    assert!(weights.len() >= (count - 1) * columns + VALUE_ROWS && values.len() >= (count - 1) * stride + N * S::LANES);
-    let mut acc = [[simd.zero(); N]; VALUE_ROWS];
-    for t in 0..count {
-        let mut v = [simd.zero(); N];
-        for (i, v) in v.iter_mut().enumerate() {
-            // SAFETY: value t has N vectors from here on; asserted above.
-            *v = unsafe { simd.read(values.as_ptr().add(t * stride + i * S::LANES)) };
-        }
-        for (row, acc) in acc.iter_mut().enumerate() {
-            // SAFETY: a weight for each row and key; asserted above.
-            let weight = simd.splat(unsafe { *weights.as_ptr().add(t * columns + row) });
-            for (acc, v) in acc.iter_mut().zip(v) {
-                *acc = simd.fma(weight, v, *acc);
+impl Terms<'_> {
+    /// Adds Σ weight · term to each of `outputs` rows of `width` elements of `sums`, `stride` elements apart.
+    #[inline(always)]
+    pub fn add<S: Simd>(self, simd: S, outputs: usize, width: usize, sums: &mut [f32], stride: usize) {
+        let vectors = width.div_ceil(S::LANES);
+        // The accumulators of a block: as even as can be, at most as many vectors as there are registers for.
+        let blocks = vectors.div_ceil(if S::REGISTERS >= 32 { 4 } else { 2 });
+        let mut at = 0;
+        for block in 0..blocks {
+            let n = (vectors - at).div_ceil(blocks - block);
+            let d = at * S::LANES;
+            let (terms, sums) = (Terms { rows: &self.rows[d..], ..self }, &mut sums[d..]);
+            match n {
+                1 => terms.add_block::<S, 1>(simd, outputs, sums, stride),
+                2 => terms.add_block::<S, 2>(simd, outputs, sums, stride),
+                3 => terms.add_block::<S, 3>(simd, outputs, sums, stride),
+                _ => terms.add_block::<S, 4>(simd, outputs, sums, stride),
             }
+            at += n;
         }
     }
-    for (row, acc) in acc.into_iter().enumerate() {
-        for (i, acc) in acc.into_iter().enumerate() {
-            let to = &mut sums[row * sums_stride + i * S::LANES..];
-            simd.store(to, simd.add(simd.load(to), acc));
+
+    /// [`Terms::add`] of `N` vectors.
+    #[inline(always)]
+    fn add_block<S: Simd, const N: usize>(self, simd: S, outputs: usize, sums: &mut [f32], sums_stride: usize) {
+        let Terms { weights, steps: [to_output, to_term], rows, stride, count } = self;
+        let last = |n: usize, step: usize| (n - 1) * step;
+        assert!(weights.len() > last(outputs, to_output) + last(count, to_term));
+        assert!(rows.len() >= last(count, stride) + N * S::LANES);
+        for first in (0..outputs).step_by(SUMMED) {
+            // Behind the last output it is summed again.
+            let mut from = [weights.as_ptr(); SUMMED];
+            for (i, from) in from.iter_mut().enumerate() {
+                *from = weights[(first + i).min(outputs - 1) * to_output..].as_ptr();
+            }
+            let mut acc = [[simd.zero(); N]; SUMMED];
+            for t in 0..count {
+                let mut own = [simd.zero(); N];
+                for (i, own) in own.iter_mut().enumerate() {
+                    // SAFETY: term t has N vectors from here on; asserted above.
+                    *own = unsafe { simd.read(rows.as_ptr().add(t * stride + i * S::LANES)) };
+                }
+                for (acc, from) in acc.iter_mut().zip(from) {
+                    // SAFETY: there is a weight for each output and term; asserted above.
+                    let weight = simd.splat(unsafe { *from.add(t * to_term) });
+                    for (acc, own) in acc.iter_mut().zip(own) {
+                        *acc = simd.fma(weight, own, *acc);
+                    }
+                }
+            }
+            for (i, acc) in acc.into_iter().enumerate().take(outputs - first) {
+                for (j, acc) in acc.into_iter().enumerate() {
+                    let to = &mut sums[(first + i) * sums_stride + j * S::LANES..];
+                    simd.store(to, simd.add(simd.load(to), acc));
+                }
+            }
         }
     }
 }

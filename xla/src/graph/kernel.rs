@@ -30,6 +30,11 @@ impl Kernel {
         self
     }
 
+    /// With exactly these attributes.
+    pub(crate) fn with_attrs(self, attrs: Vec<(String, Attr)>) -> Kernel {
+        Kernel { attrs, ..self }
+    }
+
     /// Lets `result` take over the buffer of `operand`, so the handler updates it in place.
     pub fn alias(mut self, result: usize, operand: usize) -> Kernel {
         self.aliases.push((result, operand));

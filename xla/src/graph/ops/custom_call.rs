@@ -235,11 +235,7 @@ impl Op for CustomCall {
     fn vjp(&self, cx: &mut Vjp<'_, '_>) -> Cotangents {
         match (self.definition.clone(), self.gradient) {
             (Some(body), Some(gradient)) if cx.graph().has_kernel(gradient) => {
-                let kernel = self
-                    .attrs
-                    .iter()
-                    .fold(Kernel::new(gradient), |kernel, (name, value)| kernel.attr(name, value.clone()));
-                cx.by_kernel(kernel, &body)
+                cx.by_kernel(Kernel::new(gradient).with_attrs(self.attrs.clone()), &body)
             }
             (Some(body), _) => cx.through(&body),
             (None, _) => Err(format!("what the handler {:?} computes is not known here", self.target)),
