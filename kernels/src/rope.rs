@@ -82,7 +82,8 @@ fn head<S: Simd>(simd: S, x: &[f32], cos: &[f32], sin: &[f32], scale: f32, out: 
     let (to_second, to_rest) = to_rest.split_at_mut(half);
     for i in (0..half).step_by(S::LANES) {
         let lanes = i..half.min(i + S::LANES);
-        let [x1, x2, cos, sin] = [first, second, cos, sin].map(|x| simd.load_part(&x[lanes.clone()]));
+        let (x1, x2) = (simd.load_part(&first[lanes.clone()]), simd.load_part(&second[lanes.clone()]));
+        let (cos, sin) = (simd.load_part(&cos[lanes.clone()]), simd.load_part(&sin[lanes.clone()]));
         let y1 = simd.sub(simd.mul(x1, cos), simd.mul(x2, sin));
         let y2 = simd.fma(x2, cos, simd.mul(x1, sin));
         simd.store_part(&mut to_first[lanes.clone()], simd.mul(y1, factor));

@@ -216,8 +216,8 @@ impl Rows<'_> {
             for column in (0..columns).step_by(S::LANES) {
                 let most = simd.load(&work.highest[column..]);
                 let shrink = weight(simd, simd.sub(simd.load(&work.before[column..]), most));
-                let [mut total, mut delta] =
-                    [&work.totals, &work.deltas].map(|sums| simd.mul(simd.load(&sums[column..]), shrink));
+                let mut total = simd.mul(simd.load(&work.totals[column..]), shrink);
+                let mut delta = simd.mul(simd.load(&work.deltas[column..]), shrink);
                 for at in (column..).step_by(columns).take(part.len()) {
                     let p = weight(simd, simd.sub(simd.load(&work.weights[at..]), most));
                     total = simd.add(total, p);
@@ -297,8 +297,8 @@ fn products<S: Simd, E: Element>(
 #[inline(always)]
 fn slopes<S: Simd>(simd: S, softcap: Option<f32>, count: usize, columns: usize, work: &mut Work<'_>) {
     for column in (0..columns).step_by(S::LANES) {
-        let [most, inverse, delta] =
-            [&work.highest, &work.totals, &work.deltas].map(|of_rows| simd.load(&of_rows[column..]));
+        let most = simd.load(&work.highest[column..]);
+        let (inverse, delta) = (simd.load(&work.totals[column..]), simd.load(&work.deltas[column..]));
         for at in (column..).step_by(columns).take(count) {
             let (weights, slopes) = (&mut work.weights[at..], &mut work.slopes[at..]);
             let score = simd.load(weights);

@@ -57,8 +57,9 @@ unsafe fn blocks<S: Simd, const J: usize, const FOUR: bool>(
     let groups = k.div_ceil(4 * J);
     let mut c = columns.start;
     while c < columns.end {
-        let pair = S::REGISTERS == 32 && S::LANES == BLOCK && J == 8 && columns.end - c > BLOCK;
-        let strips = [c, if pair { c + BLOCK } else { c }].map(|c| Strip::new(w, groups, c));
+        // Two vectors of outputs: of two blocks, or both halves of one.
+        let pair = (S::LANES < BLOCK || S::REGISTERS == 32 && J == 8) && columns.end - c > S::LANES;
+        let strips = [c, if pair { c + S::LANES } else { c }].map(|c| Strip::new(w, groups, c));
         let mut row = rows.start;
         while row < rows.end {
             // SAFETY: `row` starts a group of rows, as x was divided by `group_rows` too; the strips have a vector of
@@ -76,8 +77,10 @@ unsafe fn blocks<S: Simd, const J: usize, const FOUR: bool>(
                 let some = group_rows::<S>(x.all, rows.end - row, 4 * J);
                 if J == 8 && S::REGISTERS == 32 && S::LANES == BLOCK && some == 6 && pair {
                     tile::<S, J, FOUR, 6, 2>(simd, x_rows, [first, second], groups, to);
+                } else if S::LANES < BLOCK && some == 1 && pair {
+                    tile::<S, J, FOUR, 1, 2>(simd, x_rows, [first, second], groups, to);
                 } else {
-                    for (strip, to) in [(first, to), (second, to.next())].into_iter().take(1 + usize::from(pair)) {
+                    for (strip, to) in [(first, to), (second, to.next::<S>())].into_iter().take(1 + usize::from(pair)) {
                         if J == 8 && S::REGISTERS == 32 && some == 8 {
                             tile::<S, J, FOUR, 8, 1>(simd, x_rows, [strip], groups, to);
                         } else if J == 8 && S::REGISTERS == 32 && S::LANES == BLOCK && some == 6 {
@@ -92,7 +95,7 @@ unsafe fn blocks<S: Simd, const J: usize, const FOUR: bool>(
                 row += some;
             }
         }
-        c += if pair { 2 * BLOCK } else { S::LANES };
+        c += if pair { 2 * S::LANES } else { S::LANES };
     }
 }
 
@@ -108,9 +111,10 @@ struct Target {
 }
 
 impl Target {
-    /// The next block of columns.
-    fn next(self) -> Target {
-        Target { at: self.at.wrapping_add(BLOCK), width: self.width.saturating_sub(BLOCK), ..self }
+    /// The next vector of columns, whose codes are fetched with the first ones' where they lie in one block.
+    fn next<S: Simd>(self) -> Target {
+        let (at, width) = (self.at.wrapping_add(S::LANES), self.width.saturating_sub(S::LANES));
+        Target { at, width, fetch: self.fetch && S::LANES == BLOCK, ..self }
     }
 }
 
@@ -192,45 +196,58 @@ unsafe fn tile<S: Simd, const J: usize, const FOUR: bool, const R: usize, const 
                     let end = groups.min(first + TERMS);
                     let mut acc = [[simd.zero(); H]; R];
                     for g in first..end {
-                        let q = w.map(|w| w.q.add(g * bytes));
                         if to.fetch {
-                            for line in 0..bytes / 64 {
-                                q.iter().for_each(|q| prefetch(q.wrapping_add(AHEAD + line * 64)));
-                            }
-                        }
-                        let mut dots = [[simd.splat_i32(0); H]; R];
-                        for (r, dots) in dots.iter_mut().enumerate() {
-                            *dots = [simd.splat_i32(*x.start.add(g * R + r)); H];
-                        }
-                        let xq = x.q.add(g * J * R * 4);
-                        let dot = |dots: &mut [[S::I32; H]; R], w: [S::I32; H], j: usize| {
-                            for (r, dots) in dots.iter_mut().enumerate() {
-                                let x = simd.splat_i32(xq.add((j * R + r) * 4).cast::<i32>().read_unaligned());
-                                for (dot, w) in dots.iter_mut().zip(w) {
-                                    *dot = simd.dot(*dot, w, x);
+                            for w in &w[..if S::LANES < BLOCK { 1 } else { H }] {
+                                for line in 0..bytes / 64 {
+                                    prefetch(w.q.wrapping_add(g * bytes + AHEAD + line * 64));
                                 }
                             }
-                        };
-                        if FOUR {
-                            for j in 0..J / 2 {
-                                let both = q.map(|q| simd.read_i32(q.add(j * 64)));
-                                dot(&mut dots, both.map(|w| simd.and(w, low)), j);
-                                dot(&mut dots, both.map(|w| simd.and(simd.shift_right::<4>(w), low)), j + J / 2);
+                        }
+                        let start = |r: usize| simd.splat_i32(*x.start.add(g * R + r));
+                        let mut dots = [[simd.dots(simd.splat_i32(0)); H]; R];
+                        for r in 0..R {
+                            dots[r] = [simd.dots(start(r)); H];
+                        }
+                        let xq = x.q.add(g * J * R * 4);
+                        for j in 0..if FOUR { J / 2 } else { J } {
+                            let mut codes = [simd.splat_i32(0); H];
+                            for h in 0..H {
+                                codes[h] = simd.read_i32(w[h].q.add(g * bytes + j * 64));
                             }
-                        } else {
-                            for j in 0..J {
-                                dot(&mut dots, q.map(|q| simd.read_i32(q.add(j * 64))), j);
+                            // The upper four bits are those of the terms behind the first half.
+                            for half in 0..if FOUR { 2 } else { 1 } {
+                                for r in 0..R {
+                                    let at = xq.add(((j + half * J / 2) * R + r) * 4);
+                                    let x = simd.splat_i32(at.cast::<i32>().read_unaligned());
+                                    for h in 0..H {
+                                        let codes = match (FOUR, half) {
+                                            (false, _) => codes[h],
+                                            (true, 0) => simd.and(codes[h], low),
+                                            (true, _) => simd.and(simd.shift_right::<4>(codes[h]), low),
+                                        };
+                                        dots[r][h] = simd.dot::<FOUR>(dots[r][h], codes, x);
+                                    }
+                                }
                             }
                         }
-                        let scales = w.map(|w| w.scales.read(simd, g));
+                        let mut scales = [simd.zero(); H];
+                        for h in 0..H {
+                            scales[h] = w[h].scales.read(simd, g);
+                        }
                         for r in 0..R {
                             let scale = simd.splat(*x.scale.add(g * R + r));
                             for h in 0..H {
-                                acc[r][h] = simd.fma(simd.mul(simd.to_f32(dots[r][h]), scale), scales[h], acc[r][h]);
+                                let dots = simd.to_f32(simd.total::<FOUR>(dots[r][h], start(r)));
+                                acc[r][h] = simd.fma(simd.mul(dots, scale), scales[h], acc[r][h]);
                             }
                         }
                         if w[0].mins.is_some() {
-                            let mins = w.map(|w| w.mins.map_or(simd.zero(), |mins| mins.read(simd, g)));
+                            let mut mins = [simd.zero(); H];
+                            for h in 0..H {
+                                if let Some(values) = w[h].mins {
+                                    mins[h] = values.read(simd, g);
+                                }
+                            }
                             for r in 0..R {
                                 let sum = simd.splat(*x.sum.add(g * R + r));
                                 for h in 0..H {
@@ -241,8 +258,8 @@ unsafe fn tile<S: Simd, const J: usize, const FOUR: bool, const R: usize, const 
                     }
                     for r in 0..R {
                         for h in 0..H {
-                            let at = to.at.wrapping_add(r * to.stride + h * BLOCK);
-                            let lanes = to.width.saturating_sub(h * BLOCK).min(S::LANES);
+                            let at = to.at.wrapping_add(r * to.stride + h * S::LANES);
+                            let lanes = to.width.saturating_sub(h * S::LANES).min(S::LANES);
                             let before = if first > 0 { simd.read_part(at, lanes) } else { simd.zero() };
                             simd.write_part(at, lanes, simd.add(before, acc[r][h]));
                         }

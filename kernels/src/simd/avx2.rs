@@ -35,6 +35,8 @@ fn mask(n: usize) -> __m256i {
 impl Simd for Avx2 {
     type F32 = __m256;
     type I32 = __m256i;
+    /// Of the lower and of the upper four bits of w, 16 bits for each two bytes: 15 · 128 · 2, eight times, is below 2¹⁵.
+    type Dots = [__m256i; 2];
     type Floats = Self;
     const LANES: usize = 8;
     const REGISTERS: usize = 16;
@@ -150,13 +152,14 @@ impl Simd for Avx2 {
     #[inline(always)]
     unsafe fn read_part(self, from: *const f32, n: usize) -> Self::F32 {
         // SAFETY: the token says that the instructions exist, the caller that the memory does.
-        unsafe { _mm256_maskload_ps(from, mask(n)) }
+        unsafe { if n >= 8 { _mm256_loadu_ps(from) } else { _mm256_maskload_ps(from, mask(n)) } }
     }
 
     #[inline(always)]
     unsafe fn write_part(self, to: *mut f32, n: usize, x: Self::F32) {
+        // Some processors take ten times as long for a masked store, whatever the mask.
         // SAFETY: the token says that the instructions exist, the caller that the memory does.
-        unsafe { _mm256_maskstore_ps(to, mask(n), x) }
+        unsafe { if n >= 8 { _mm256_storeu_ps(to, x) } else { _mm256_maskstore_ps(to, mask(n), x) } }
     }
 
     #[inline(always)]
@@ -239,16 +242,33 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
-    fn dot(self, acc: Self::I32, w: Self::I32, x: Self::I32) -> Self::I32 {
+    fn dots(self, _start: Self::I32) -> Self::Dots {
+        // SAFETY: the token says that the instructions exist.
+        unsafe { [_mm256_setzero_si256(); 2] }
+    }
+
+    #[inline(always)]
+    fn dot<const FOUR: bool>(self, [low, high]: Self::Dots, w: Self::I32, x: Self::I32) -> Self::Dots {
         // SAFETY: the token says that the instructions exist.
         unsafe {
-            // Even and odd bytes as 16 bits each: their products do not saturate.
-            let even = _mm256_madd_epi16(
-                _mm256_and_si256(w, _mm256_set1_epi16(0xff)),
-                _mm256_srai_epi16::<8>(_mm256_slli_epi16::<8>(x)),
-            );
-            let odd = _mm256_madd_epi16(_mm256_srli_epi16::<8>(w), _mm256_srai_epi16::<8>(x));
-            _mm256_add_epi32(acc, _mm256_add_epi32(even, odd))
+            if FOUR {
+                return [_mm256_add_epi16(low, _mm256_maddubs_epi16(w, x)), high];
+            }
+            let mask = _mm256_set1_epi8(15);
+            let (lower, upper) = (_mm256_and_si256(w, mask), _mm256_and_si256(_mm256_srli_epi16::<4>(w), mask));
+            [
+                _mm256_add_epi16(low, _mm256_maddubs_epi16(lower, x)),
+                _mm256_add_epi16(high, _mm256_maddubs_epi16(upper, x)),
+            ]
+        }
+    }
+
+    #[inline(always)]
+    fn total<const FOUR: bool>(self, [low, high]: Self::Dots, start: Self::I32) -> Self::I32 {
+        // SAFETY: the token says that the instructions exist.
+        unsafe {
+            let total = _mm256_add_epi32(start, _mm256_madd_epi16(low, _mm256_set1_epi16(1)));
+            if FOUR { total } else { _mm256_add_epi32(total, _mm256_madd_epi16(high, _mm256_set1_epi16(16))) }
         }
     }
 

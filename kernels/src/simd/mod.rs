@@ -40,6 +40,8 @@ pub trait Simd: Copy + Send + Sync + 'static {
     type F32: Copy;
     /// [`Self::LANES`] i32.
     type I32: Copy;
+    /// Sums of products of bytes, for each lane.
+    type Dots: Copy;
     /// The token of the same set without its product of bytes: code that does without is compiled once for both.
     type Floats: Simd;
     /// Lanes of a vector.
@@ -117,8 +119,13 @@ pub trait Simd: Copy + Send + Sync + 'static {
     /// Logical shift of each lane.
     fn shift_right<const N: u32>(self, a: Self::I32) -> Self::I32;
     fn to_f32(self, a: Self::I32) -> Self::F32;
-    /// acc + Σ w·x over the four bytes of each lane, w unsigned and x signed.
-    fn dot(self, acc: Self::I32, w: Self::I32, x: Self::I32) -> Self::I32;
+    /// Sums that begin with `start`; [`Simd::total`] is given the same.
+    fn dots(self, start: Self::I32) -> Self::Dots;
+    /// dots + Σ w·x over the four bytes of each lane, w unsigned, at most 15 where `FOUR`, and x signed. At most
+    /// eight times.
+    fn dot<const FOUR: bool>(self, dots: Self::Dots, w: Self::I32, x: Self::I32) -> Self::Dots;
+    /// What the dots come to.
+    fn total<const FOUR: bool>(self, dots: Self::Dots, start: Self::I32) -> Self::I32;
 
     #[inline(always)]
     fn zero(self) -> Self::F32 {
@@ -190,10 +197,20 @@ mod tests {
     use super::*;
     use crate::Isa;
 
+    /// acc + 8 Σ w·x.
+    #[inline(always)]
+    fn dots<S: Simd, const FOUR: bool>(simd: S, acc: S::I32, w: S::I32, x: S::I32) -> S::F32 {
+        let mut dots = simd.dots(acc);
+        for _ in 0..8 {
+            dots = simd.dot::<FOUR>(dots, w, x);
+        }
+        simd.to_f32(simd.total::<FOUR>(dots, acc))
+    }
+
     /// What the operations give on lanes of `a` and `b`, one after the other.
     #[inline(always)]
     fn operations<S: Simd>(simd: S, a: &[f32], b: &[f32], words: &[[i32; 16]; 3]) -> Vec<Vec<f32>> {
-        let mut out = vec![Vec::new(); 13];
+        let mut out = vec![Vec::new(); 14];
         for i in (0..16).step_by(S::LANES) {
             let (x, y) = (simd.load(&a[i..]), simd.load(&b[i..]));
             let halves: Vec<half::f16> = a[i..].iter().map(|&x| half::f16::from_f32(x)).collect();
@@ -215,7 +232,8 @@ mod tests {
                 simd.exp2i(simd.round(y)),
                 h,
                 bf,
-                simd.to_f32(simd.dot(acc, w, s)),
+                dots::<S, false>(simd, acc, w, s),
+                dots::<S, true>(simd, acc, simd.and(w, simd.splat_i32(0x0f0f_0f0f)), s),
                 integers,
                 simd.zero_below(x, y, simd.splat(2.0)),
             ];
@@ -228,6 +246,21 @@ mod tests {
         out
     }
 
+    /// A closure or an array's `map` that is not inlined into [`Simd::vectorize`] makes every vector operation a call, a
+    /// hundred times as slow, and nothing else tells. What is called is a symbol of this program, which has all kernels.
+    #[test]
+    #[cfg(all(target_os = "linux", target_arch = "x86_64", not(miri)))]
+    fn every_vector_operation_is_inlined() {
+        use object::{Object, ObjectSymbol};
+        let program = std::fs::read(std::env::current_exe().unwrap()).unwrap();
+        let file = object::File::parse(&program[..]).unwrap();
+        let names: Vec<&str> = file.symbols().filter_map(|symbol| symbol.name().ok()).collect();
+        assert!(names.iter().any(|name| name.contains("kernels") && name.contains("linear")), "no symbols to look at");
+        let called: Vec<_> =
+            names.iter().filter(|name| ["_mm256_", "_mm512_"].iter().any(|part| name.contains(part))).collect();
+        assert!(called.is_empty(), "not inlined: {called:#?}");
+    }
+
     #[test]
     fn every_instruction_set_computes_the_same() {
         let a: Vec<f32> = (0..16).map(|i| (i as f32 - 7.5) * 1.37).collect();
@@ -237,7 +270,7 @@ mod tests {
         let mut words: [[i32; 16]; 3] = [bytes(0x9e37_79b9), bytes(0x85eb_ca6b), bytes(1000)];
         (words[0][15], words[1][15]) = (-1, 0x8080_8080_u32 as i32);
         let expected = operations(Portable, &a, &b, &words);
-        assert_eq!(expected[10][15], 16000.0 - 4.0 * 255.0 * 128.0);
+        assert_eq!(expected[10][15], 16000.0 - 8.0 * 4.0 * 255.0 * 128.0);
         assert_eq!(expected[7][0], 256.0);
         for isa in Isa::ALL.into_iter().filter(|isa| isa.available()) {
             assert_eq!(dispatch!(isa, |simd| operations(simd, &a, &b, &words)), expected, "{isa:?}");

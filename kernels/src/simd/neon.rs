@@ -26,6 +26,7 @@ fn run<R>(f: impl FnOnce() -> R) -> R {
 impl Simd for Neon {
     type F32 = float32x4_t;
     type I32 = int32x4_t;
+    type Dots = Self::I32;
     type Floats = Self;
     const LANES: usize = 4;
     const REGISTERS: usize = 32;
@@ -234,7 +235,17 @@ impl Simd for Neon {
     }
 
     #[inline(always)]
-    fn dot(self, acc: Self::I32, w: Self::I32, x: Self::I32) -> Self::I32 {
+    fn dots(self, start: Self::I32) -> Self::Dots {
+        start
+    }
+
+    #[inline(always)]
+    fn total<const FOUR: bool>(self, dots: Self::Dots, _start: Self::I32) -> Self::I32 {
+        dots
+    }
+
+    #[inline(always)]
+    fn dot<const FOUR: bool>(self, acc: Self::Dots, w: Self::I32, x: Self::I32) -> Self::Dots {
         // SAFETY: the token says that the instructions exist.
         unsafe {
             // Each byte as 16 bits: products of four bytes lie in one vector of 32 bits, summed by neighbours twice.

@@ -22,6 +22,7 @@ fn lanes<T: Copy + Default>(f: impl Fn(usize) -> T) -> [T; LANES] {
 impl Simd for Portable {
     type F32 = [f32; LANES];
     type I32 = [i32; LANES];
+    type Dots = Self::I32;
     type Floats = Self;
     const LANES: usize = LANES;
     const REGISTERS: usize = 16;
@@ -177,7 +178,17 @@ impl Simd for Portable {
     }
 
     #[inline(always)]
-    fn dot(self, acc: Self::I32, w: Self::I32, x: Self::I32) -> Self::I32 {
+    fn dots(self, start: Self::I32) -> Self::Dots {
+        start
+    }
+
+    #[inline(always)]
+    fn total<const FOUR: bool>(self, dots: Self::Dots, _start: Self::I32) -> Self::I32 {
+        dots
+    }
+
+    #[inline(always)]
+    fn dot<const FOUR: bool>(self, acc: Self::Dots, w: Self::I32, x: Self::I32) -> Self::Dots {
         lanes(|i| {
             let (w, x) = (w[i].to_le_bytes(), x[i].to_le_bytes());
             acc[i] + (0..4).map(|b| i32::from(w[b]) * i32::from(x[b] as i8)).sum::<i32>()
