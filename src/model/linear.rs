@@ -182,6 +182,10 @@ pub(super) fn in_rows(x: &Tensor, product: impl FnOnce(&Tensor) -> Tensor) -> Te
 /// Contracted terms that one f32 accumulator may see.
 const TERMS: usize = 144;
 
+/// Up to how many rows a step of training sums in parts, too. A library's own running sums are as long as its blocks, which
+/// differ between processors (with AVX2 about twice those of AVX-512), and deep models carry their rounding to the gradients.
+const TRAINED_ROWS: usize = 512;
+
 /// In how many parts to sum a product of `x` (B, S, …) with `weight`, whose axes from the first on are contracted: the first
 /// axis is divided by it.
 fn parts(equation: &str, x: &Tensor, weight: &Weight) -> usize {
@@ -194,12 +198,13 @@ fn parts(equation: &str, x: &Tensor, weight: &Weight) -> usize {
 /// running sum over n terms loses about √n roundings, and that is what sets prefill and decode apart; sums of parts lose
 /// fewer (Higham 1993), and one row even gets faster by them.
 pub(super) fn parts_of(g: &Graph, dtype: DType, rows: usize, first: usize, terms: usize, outputs: usize) -> usize {
-    // A step of training has nothing that it must agree with to the last digit.
-    if dtype != DType::F32 || g.platform() != Platform::Cpu || g.training() {
+    // A step of training over many rows has nothing that it must agree with to the last digit, and parts would cost it time.
+    if dtype != DType::F32 || g.platform() != Platform::Cpu || (g.training() && rows > TRAINED_ROWS) {
         return 1;
     }
-    // With many rows the parts are written and read again: too dear where the result is wider than what is summed.
-    if rows > 1 && outputs > terms {
+    // With many rows the parts are written and read again: too dear where the result is wider than what is summed, unless a
+    // step of training asks, whose rows are few here.
+    if rows > 1 && outputs > terms && !g.training() {
         return 1;
     }
     // No part of a split axis lies on two devices.
