@@ -1,7 +1,7 @@
 //! A projection: weights in their own dtype, accumulation and result in f32.
 
 use xla::DType;
-use xla::graph::{Attr, Graph, Kernel, Platform, Tensor, einsum_as};
+use xla::graph::{Attr, Graph, Kernel, MATMUL, Platform, Tensor, einsum_as};
 
 use super::lora::Adapter;
 use super::pieces;
@@ -182,8 +182,8 @@ pub(super) fn in_rows(x: &Tensor, product: impl FnOnce(&Tensor) -> Tensor) -> Te
 /// Contracted terms that one f32 accumulator may see.
 const TERMS: usize = 144;
 
-/// Up to how many rows a step of training sums in parts, too. A library's own running sums are as long as its blocks, which
-/// differ between processors (with AVX2 about twice those of AVX-512), and deep models carry their rounding to the gradients.
+/// Up to how many rows a step of training sums in parts, too, where no kernel does: deep models carry the rounding of a library's
+/// running sums, which are as long as its blocks, to their gradients.
 const TRAINED_ROWS: usize = 512;
 
 /// In how many parts to sum a product of `x` (B, S, …) with `weight`, whose axes from the first on are contracted: the first
@@ -198,6 +198,10 @@ fn parts(equation: &str, x: &Tensor, weight: &Weight) -> usize {
 /// running sum over n terms loses about √n roundings, and that is what sets prefill and decode apart; sums of parts lose
 /// fewer (Higham 1993), and one row even gets faster by them.
 pub(super) fn parts_of(g: &Graph, dtype: DType, rows: usize, first: usize, terms: usize, outputs: usize) -> usize {
+    // A kernel of whole products sums in parts by itself.
+    if g.has_kernel(MATMUL) {
+        return 1;
+    }
     // A step of training over many rows has nothing that it must agree with to the last digit, and parts would cost it time.
     if dtype != DType::F32 || g.platform() != Platform::Cpu || (g.training() && rows > TRAINED_ROWS) {
         return 1;

@@ -4,14 +4,15 @@ mod attention;
 mod experts;
 mod gate;
 mod linear;
+mod matmul;
 mod norm;
 mod profile;
 mod sample;
 
 pub use profile::{KernelCall, kernel_calls};
 
-use kernels::Pool;
-use xla::graph::Platform;
+use kernels::{Isa, Pool};
+use xla::graph::{MATMUL, Platform};
 use xla::pjrt::{CallFrame, Client, Error, FfiError, Handler, Plugin, ThreadPool};
 
 use crate::generation::sampling::ARGMAX;
@@ -22,12 +23,14 @@ use crate::model::{
 /// Those of inference.
 const ALL: &[&str] = &[LINEAR, GATED, EXPERTS, TAKE_ROWS, RMS_NORM, ATTEND, ATTENTION_STEP, ARGMAX];
 
-/// Those of a training step: each has a derivative that is a kernel too. The others' would compute their results once more.
-const TRAINING: &[&str] = &[ATTEND, ATTEND_GRADIENT, GATE, GATE_GRADIENT];
+/// Those of a training step: each has a derivative of kernels too. The others' would compute their results once more.
+const TRAINING: &[&str] = &[MATMUL, ATTEND, ATTEND_GRADIENT, GATE, GATE_GRADIENT];
 
 /// The kernels of a training step of a model that has these.
 pub(super) fn of_training(kernels: &[&str]) -> &'static [&'static str] {
-    if kernels.is_empty() { &[] } else { TRAINING }
+    // With AVX-512 XLA's library multiplies as fast as the machine can, and its sums are shorter than with AVX2.
+    let short = matches!(Isa::detected(), Isa::Avx512Vnni | Isa::Avx512);
+    if kernels.is_empty() { &[] } else { &TRAINING[usize::from(short)..] }
 }
 
 /// Makes the kernels known to a CPU plugin and gives the names of those of inference: none where the plugin does not take handlers.
@@ -42,6 +45,7 @@ pub fn register(plugin: &Plugin) -> &'static [&'static str] {
         host::<linear::TakeRows>,
         host::<gate::Gate>,
         host::<gate::GateGradient>,
+        host::<matmul::Matmul>,
         host::<norm::RmsNorm>,
         host::<attention::Attend>,
         host::<attention::AttendGradient>,

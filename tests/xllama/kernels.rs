@@ -5,7 +5,7 @@ use std::path::Path;
 
 use converter::{Checkpoint, Packing};
 use xla::DType;
-use xla::graph::{Graph, Platform, Tensor};
+use xla::graph::{Graph, MATMUL, Platform, Tensor, einsum_as};
 use xllama::config::Activation;
 use xllama::generation::sampling::{SamplerArgs, SamplerSpec, sample};
 use xllama::kv_cache::{Order, Past};
@@ -83,7 +83,7 @@ fn both<T: xla::pjrt::Element>(
         g.set_kernels(if kernels { names.unwrap_or(registered) } else { &[] });
         g.output("out", &build(&g));
         let text = g.finish().expect("a valid graph").stablehlo();
-        assert_eq!(text.contains("xllama."), kernels, "{text}");
+        assert_eq!(text.contains("stablehlo.custom_call @"), kernels, "{text}");
         let executable = client.compile(&text, &compile_options(Platform::Cpu)).expect("it compiles");
         executable.execute(&[]).expect("it runs")[0].to_vec().expect("the type that was asked for")
     })
@@ -137,6 +137,18 @@ fn derivatives_agree_on_odd_shapes() {
             gradients(&mlp(&p, &x, &cfg), &[&x, &p.gate_proj.float(), &p.up_proj.float(), &p.down_proj.float()])
         });
         within(1e-5, &format!("a gate with {act:?}"), found);
+    }
+}
+
+/// Each product and both its derivatives, one of which contracts the rows.
+#[test]
+fn products_of_matrices_agree_on_odd_shapes() {
+    for (rows, k, n, dtype) in [(9, 8, 17, DType::F32), (37, 145, 65, DType::F32), (50, 300, 70, DType::BF16)] {
+        let found = both(Some(&[MATMUL]), |g| {
+            let (x, w) = (values(g, &[2, rows, k], 1.0).cast(dtype), values(g, &[k, n], 0.3).cast(dtype));
+            gradients(&einsum_as("BSM,MF->BSF", &x, &w, DType::F32).tanh(), &[&x, &w]).cast(DType::F32)
+        });
+        within(if dtype == DType::F32 { 1e-5 } else { 1e-2 }, &format!("{rows} × {k} × {n} {dtype}"), found);
     }
 }
 

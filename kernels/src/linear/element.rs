@@ -5,7 +5,7 @@ use half::{bf16, f16};
 use crate::simd::Simd;
 
 /// A float that is widened to f32 when read.
-pub(super) trait Element: Copy + Default + Into<f32> + Send + Sync + 'static {
+pub(crate) trait Element: Copy + Default + Into<f32> + Send + Sync + 'static {
     /// # Safety
     /// `from` must be valid for reads of LANES elements.
     unsafe fn read<S: Simd>(simd: S, from: *const Self) -> S::F32;
@@ -65,4 +65,4 @@ macro_rules! elements {
         }
     };
 }
-pub(super) use elements;
+pub(crate) use elements;

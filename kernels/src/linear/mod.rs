@@ -31,10 +31,11 @@ use half::{bf16, f16};
 use crate::packed::Packed;
 use crate::scratch::counts;
 use crate::{Activation, Isa, Pool};
+pub(crate) use element::{Element, elements};
 pub use take_rows::take_rows;
 
 /// Terms that one f32 accumulator may see.
-const TERMS: usize = 144;
+pub(crate) const TERMS: usize = 144;
 
 /// Rows up to which a product is bound by reading the weight.
 const FEW: usize = 16;
@@ -49,7 +50,7 @@ pub enum Values<'a> {
 }
 
 impl Values<'_> {
-    fn len(&self) -> usize {
+    pub(crate) fn len(&self) -> usize {
         match self {
             Values::F32(values) => values.len(),
             Values::Bf16(values) => values.len(),
@@ -60,7 +61,7 @@ impl Values<'_> {
 
 impl<'a> Values<'a> {
     /// Those from `i / count` of them on, as many.
-    fn part(self, i: usize, count: usize) -> Values<'a> {
+    pub(crate) fn part(self, i: usize, count: usize) -> Values<'a> {
         match self {
             Values::F32(values) => Values::F32(crate::packed::part(values, i, count)),
             Values::Bf16(values) => Values::Bf16(crate::packed::part(values, i, count)),

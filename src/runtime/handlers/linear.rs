@@ -106,12 +106,13 @@ pub(super) fn weights<'a>(
     shapes.iter().zip(groups).zip(mins).map(one).collect()
 }
 
-fn values<'a>(frame: &CallFrame<'a>, i: usize) -> Result<Values<'a>, FfiError> {
+/// An argument of floats.
+pub(super) fn values<'a>(frame: &CallFrame<'a>, i: usize) -> Result<Values<'a>, FfiError> {
     Ok(match frame.arg_array(i)?.dtype()? {
         DType::F32 => Values::F32(frame.arg(i)?),
         DType::BF16 => Values::Bf16(frame.arg(i)?),
         DType::F16 => Values::F16(frame.arg(i)?),
-        other => return Err(FfiError::invalid(format!("weight {i}: f32, bf16 or f16 required, found {other}"))),
+        other => return Err(FfiError::invalid(format!("argument {i}: f32, bf16 or f16 required, found {other}"))),
     })
 }
 

@@ -97,6 +97,7 @@ fn attributes<const N: usize>(attrs: [Option<String>; N]) -> String {
 /// Writes the inside of one function: value names are unique within it.
 struct Emitter<'a> {
     mesh: Option<&'a Mesh>,
+    kernels: &'a [&'static str],
     emission: Emission,
     /// Channels handed out so far, in the whole module.
     channels: &'a Cell<u32>,
@@ -106,7 +107,8 @@ struct Emitter<'a> {
 
 impl<'a> Emitter<'a> {
     fn new(module: &'a Module, emission: Emission, channels: &'a Cell<u32>) -> Emitter<'a> {
-        Emitter { mesh: module.mesh.as_ref(), emission, channels, used: HashMap::new(), indent: 2 }
+        let (mesh, kernels) = (module.mesh.as_ref(), module.kernels.as_slice());
+        Emitter { mesh, kernels, emission, channels, used: HashMap::new(), indent: 2 }
     }
 
     /// A value name that is not in use in this function.
@@ -304,6 +306,11 @@ impl Cx<'_, '_> {
     /// The mesh, where one was set.
     pub fn mesh(&self) -> Option<&Mesh> {
         self.emitter.mesh
+    }
+
+    /// True where the plugin knows this kernel.
+    pub fn has_kernel(&self, name: &str) -> bool {
+        self.emitter.kernels.contains(&name)
     }
 
     /// The partitioner that the text is for.

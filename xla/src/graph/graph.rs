@@ -675,6 +675,7 @@ impl Graph {
         body.results = state.outputs.iter().map(|(_, id)| *id).collect();
         Ok(Module {
             name: state.name.clone(),
+            kernels: state.kernels.clone(),
             mesh: state.sharding.as_ref().map(|(mesh, _)| mesh.clone()),
             args: state.args.clone(),
             outputs: state.outputs.iter().map(|(output, _)| output.clone()).collect(),

@@ -48,7 +48,7 @@ pub use ops::Gradient;
 pub use ops::constant::{Element, Scalar};
 pub use ops::control::Branch;
 pub use ops::custom_call::{Attr, CustomCall};
-pub use ops::dot::Precision;
+pub use ops::dot::{MATMUL, Precision};
 pub use ops::random::Algorithm;
 pub use ops::reduce::Fold;
 pub use sharding::{Mesh, Rules, Sharding, ShardingError};

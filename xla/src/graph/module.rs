@@ -130,6 +130,8 @@ pub struct Module {
     pub(crate) outputs: Vec<Output>,
     pub(crate) body: Body,
     pub(crate) functions: Vec<Rc<Function>>,
+    /// What `Graph::set_kernels` said.
+    pub(crate) kernels: Vec<&'static str>,
 }
 
 impl Module {

@@ -1,5 +1,6 @@
 //! The general dot product, which [`einsum`](crate::graph::einsum()) writes by letters.
 
+use super::custom_call::{Attr, CustomCall};
 use super::unary::Class;
 use super::{Op, OpInfo, op_info};
 use crate::DType;
@@ -35,6 +36,14 @@ pub struct DotGeneral {
     pub precision: Precision,
 }
 
+/// The kernel that products of float matrices go to in f32 where the host program brings one. Of both operands and the result the
+/// batch axes come first. Its attributes: `sizes`, batch, M, K and N; `left` and `right`, whether the contracted axes of that
+/// operand stand last.
+pub const MATMUL: &str = "xla.matmul";
+
+/// Rows, columns or terms below which packing operands for [`MATMUL`] costs more than it gives.
+const LEAST: usize = 8;
+
 op_info!(DotGeneral, 2, "dot_general", "products summed over paired axes");
 
 impl DotGeneral {
@@ -42,6 +51,36 @@ impl DotGeneral {
     fn free(&self, rank: usize, side: impl Fn(&(usize, usize)) -> usize) -> Vec<usize> {
         let paired: Vec<usize> = self.batch.iter().chain(&self.contract).map(side).collect();
         (0..rank).filter(|axis| !paired.contains(axis)).collect()
+    }
+
+    /// The product as a call of [`MATMUL`], where it is one of matrices as they lie in memory.
+    fn kernel(&self, left: &Aval, right: &Aval) -> Option<CustomCall> {
+        let floats = [left, right].iter().all(|x| matches!(x.dtype, DType::F32 | DType::BF16 | DType::F16));
+        let leading = self.batch.iter().enumerate().all(|(axis, &pair)| pair == (axis, axis));
+        if !floats || !leading || self.dtype != DType::F32 {
+            return None;
+        }
+        let mut contract = self.contract.clone();
+        contract.sort_unstable();
+        let (of_left, of_right): (Vec<usize>, Vec<usize>) = contract.into_iter().unzip();
+        let batch = self.batch.len();
+        // The axes of each in order, at its end or behind the batch: then it is a matrix.
+        let last = |axes: &[usize], rank: usize| match () {
+            _ if axes.iter().copied().eq(rank - axes.len()..rank) => Some(true),
+            _ if axes.iter().copied().eq(batch..batch + axes.len()) => Some(false),
+            _ => None,
+        };
+        let (left_last, right_last) = (last(&of_left, left.rank())?, last(&of_right, right.rank())?);
+        let size = |axes: &[usize]| axes.iter().map(|&axis| left.shape[axis]).product::<usize>();
+        let (batch, k) = (left.shape[..batch].iter().product::<usize>(), size(&of_left));
+        let lines = |x: &Aval| x.shape.iter().product::<usize>().checked_div(batch * k);
+        let (m, n) = (lines(left)?, lines(right)?);
+        (m.min(k).min(n) >= LEAST).then(|| {
+            CustomCall::new(MATMUL, Vec::new())
+                .attr("sizes", Attr::I64s([batch, m, k, n].map(|size| size as i64).to_vec()))
+                .attr("left", Attr::Bool(left_last))
+                .attr("right", Attr::Bool(right_last))
+        })
     }
 
     /// The product of these, with axes that are contracted one after the other as one: XLA:CPU turns what has several in memory, at
@@ -94,6 +133,11 @@ impl Op for DotGeneral {
     }
 
     fn stablehlo(&self, cx: &mut Cx<'_, '_>) -> String {
+        if cx.has_kernel(MATMUL)
+            && let Some(call) = self.kernel(cx.input(0), cx.input(1))
+        {
+            return call.stablehlo(cx);
+        }
         let pairs = |pairs: &[(usize, usize)]| {
             let (left, right): (Vec<usize>, Vec<usize>) = pairs.iter().copied().unzip();
             format!("{} x {}", list(&left), list(&right))
@@ -191,6 +235,39 @@ mod tests {
             "%dot_general = stablehlo.dot_general %x, %y, batching_dims = [0] x [0], contracting_dims = [2] x [2] : (tensor<2x3x4xbf16>, tensor<2x5x4xbf16>) -> tensor<2x3x5xf32>"
         );
         assert!(dot(Precision::Highest).contains("precision = [HIGHEST, HIGHEST]"));
+    }
+
+    #[test]
+    fn a_kernel_takes_products_of_float_matrices_as_they_lie() {
+        let sizes = |left: &[usize], right: &[usize], batch: &[(usize, usize)], contract: &[(usize, usize)]| {
+            let text = last_line(|g| {
+                g.set_kernels(&[MATMUL]);
+                let (x, y) = (g.arg("x", F32, left), g.arg("y", BF16, right));
+                vec![x.dot_general(&y, batch, contract, F32)]
+            });
+            let attrs = text.split_once("backend_config = ").map(|(_, attrs)| attrs.split('}').next().unwrap_or(attrs));
+            attrs.map(|attrs| attrs.replace("array<i64: ", "").replace(" : i64", "") + "}")
+        };
+        let call = |sizes: &str, left: bool, right: bool| {
+            Some(format!("{{\"sizes\" = {sizes}>, \"left\" = {left}, \"right\" = {right}}}"))
+        };
+        // BSM,MHK; a gradient of it by the weight; by x, over two axes.
+        assert_eq!(sizes(&[2, 9, 16], &[16, 4, 8], &[], &[(2, 0)]), call("1, 18, 16, 32", true, false));
+        assert_eq!(sizes(&[18, 16], &[18, 4, 8], &[], &[(0, 0)]), call("1, 16, 18, 32", false, false));
+        assert_eq!(sizes(&[18, 4, 8], &[16, 4, 8], &[], &[(2, 2), (1, 1)]), call("1, 18, 32, 16", true, true));
+        assert_eq!(sizes(&[3, 9, 16], &[3, 16, 8], &[(0, 0)], &[(2, 1)]), call("3, 9, 16, 8", true, false));
+        // Few rows; a batch axis, a contracted one, or a pair of them that would have to be moved.
+        assert_eq!(sizes(&[7, 16], &[16, 32], &[], &[(1, 0)]), None);
+        assert_eq!(sizes(&[9, 3, 16], &[3, 16, 8], &[(1, 0)], &[(2, 1)]), None);
+        assert_eq!(sizes(&[9, 16, 9], &[16, 8], &[], &[(1, 0)]), None);
+        assert_eq!(sizes(&[9, 4, 8], &[8, 4, 16], &[], &[(1, 1), (2, 0)]), None);
+        // Another result than f32.
+        let text = last_line(|g| {
+            g.set_kernels(&[MATMUL]);
+            let x = g.arg("x", BF16, &[16, 16]);
+            vec![x.dot_general(&x, &[], &[(1, 0)], BF16)]
+        });
+        assert!(text.contains("stablehlo.dot_general"), "{text}");
     }
 
     #[test]
