@@ -6,6 +6,7 @@
 use half::{bf16, f16};
 use kernels::attention::{Attend, Gradients, Kv, KvMut, Place, Sizes, Step, attend, attend_gradient, step};
 use kernels::experts::{Experts, experts};
+use kernels::matmul::{Operand, Together, matmul};
 use kernels::packed::{Bits, Format, Packed, Scales, pack_codes, pack_scales};
 use kernels::rope::{Angles, rotate};
 use kernels::{Activation, Isa, Linear, Order, Pool, Serial, Threads, Values, Weight};
@@ -24,7 +25,7 @@ fuzz_target!(|data: &[u8]| {
 
 fn call(input: &mut Input) -> Result<()> {
     input.wild = input.choices.ratio(1, 8)?;
-    match input.choices.int_in_range(0..=9)? {
+    match input.choices.int_in_range(0..=10)? {
         0..=2 => linears(input),
         3 => gates(input),
         4 => mixtures(input),
@@ -32,6 +33,7 @@ fn call(input: &mut Input) -> Result<()> {
         6 => steps(input),
         7 => rows_alone(input),
         8 => slopes(input),
+        9 => matrices(input),
         _ => tokens(input),
     }
 }
@@ -598,6 +600,36 @@ fn attention(input: &mut Input) -> Result<()> {
         let all: Vec<_> = alone.iter().map(|&x| (f64::from(x), 1e-4 * size + 1e-30)).collect();
         input.close("attend_gradient", &shared, &all);
     }
+    Ok(())
+}
+
+fn matrices(input: &mut Input) -> Result<()> {
+    let [m, k, n] = shape(input)?;
+    let batch = input.length(3)?;
+    let (isa, threads) = (input.isa()?, input.threads()?);
+    let sizes = kernels::matmul::Sizes { batch, m, k, n };
+    let (left, right) = (Floats::new(input, batch * m * k)?, Floats::new(input, batch * k * n)?);
+    let [terms_of_left, terms_of_right] = [input.yes()?, input.yes()?];
+    let operand = |floats: &Floats, terms| {
+        let together = if terms { Together::Terms } else { Together::Lines };
+        Operand { values: floats.values(), together }
+    };
+    let run = |pool: &dyn Pool| {
+        let mut out = vec![f32::NAN; batch * m * n];
+        matmul(isa, pool, sizes, operand(&left, terms_of_left), operand(&right, terms_of_right), &mut out);
+        out
+    };
+    let out = run(&Serial);
+    assert!(same(&out, &run(&threads)), "matmul: the same required from {threads:?}");
+    let expected = (0..batch * m * n).map(|at| {
+        let (i, row, column) = (at / (m * n), at / n % m, at % n);
+        (0..k).fold((0.0, 0.0), |(sum, size), term| {
+            let x = left.get(i * m * k + if terms_of_left { row * k + term } else { term * m + row });
+            let w = right.get(i * k * n + if terms_of_right { column * k + term } else { term * n + column });
+            (sum + x * w, size + (x * w).abs())
+        })
+    });
+    input.close("matmul", &out, &near(expected.collect()));
     Ok(())
 }
 
