@@ -610,10 +610,10 @@ fn matrices(input: &mut Input) -> Result<()> {
     let sizes = kernels::matmul::Sizes { batch, m, k, n };
     let (left, right) = (Floats::new(input, batch * m * k)?, Floats::new(input, batch * k * n)?);
     let [terms_of_left, terms_of_right] = [input.yes()?, input.yes()?];
-    let operand = |floats: &Floats, terms| {
+    fn operand(floats: &Floats, terms: bool) -> Operand<'_> {
         let together = if terms { Together::Terms } else { Together::Lines };
         Operand { values: floats.values(), together }
-    };
+    }
     let run = |pool: &dyn Pool| {
         let mut out = vec![f32::NAN; batch * m * n];
         matmul(isa, pool, sizes, operand(&left, terms_of_left), operand(&right, terms_of_right), &mut out);
