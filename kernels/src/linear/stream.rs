@@ -96,9 +96,11 @@ pub(super) unsafe fn task<S: Simd, T: Element>(
                     let x = x.add(row * k);
                     let w = w.add(columns.start);
                     let next = if row == 0 { next } else { 0 };
-                    row += match rows - row {
-                        8.. => side_by_side::<S, T, 8, 2>(simd, x, k, w, n, some.clone(), sums, next),
-                        4.. => side_by_side::<S, T, 4, 4>(simd, x, k, w, n, some.clone(), sums, next),
+                    // As many sums as there are registers for.
+                    row += match (S::REGISTERS, rows - row) {
+                        (32.., 8..) => side_by_side::<S, T, 8, 2>(simd, x, k, w, n, some.clone(), sums, next),
+                        (32.., 4..) => side_by_side::<S, T, 4, 4>(simd, x, k, w, n, some.clone(), sums, next),
+                        (_, 4..) => side_by_side::<S, T, 4, 2>(simd, x, k, w, n, some.clone(), sums, next),
                         _ => side_by_side::<S, T, 1, 4>(simd, x, k, w, n, some.clone(), sums, next),
                     };
                 }
@@ -149,22 +151,27 @@ unsafe fn side_by_side<S: Simd, T: Element, const R: usize, const V: usize>(
     sums: Sums,
     next: usize,
 ) -> usize {
-    let mut c = 0;
-    // SAFETY: c + V·LANES is at most the piece's width, and where less is left, only lanes below the width are touched;
-    // the caller vouches for R rows.
-    unsafe {
-        while c + V * S::LANES <= sums.width {
-            tile::<S, T, R, V, false>(simd, x, k, w, n, terms.clone(), sums, next, c);
-            c += V * S::LANES;
-        }
-        while c < sums.width {
-            // Too few columns to be worth code for every number of rows.
-            for r in 0..R {
-                tile::<S, T, 1, 1, true>(simd, x.add(r * k), k, w, n, terms.clone(), sums.row(r), next, c);
+    simd.vectorize(
+        #[inline(always)]
+        || {
+            let mut c = 0;
+            // SAFETY: c + V·LANES is at most the piece's width, and where less is left, only lanes below the width are
+            // touched; the caller vouches for R rows.
+            unsafe {
+                while c + V * S::LANES <= sums.width {
+                    tile::<S, T, R, V, false>(simd, x, k, w, n, &terms, sums, next, c);
+                    c += V * S::LANES;
+                }
+                while c < sums.width {
+                    // Too few columns to be worth code for every number of rows.
+                    for r in 0..R {
+                        tile::<S, T, 1, 1, true>(simd, x.add(r * k), k, w, n, &terms, sums.row(r), next, c);
+                    }
+                    c += S::LANES;
+                }
             }
-            c += S::LANES;
-        }
-    }
+        },
+    );
     R
 }
 
@@ -172,63 +179,62 @@ unsafe fn side_by_side<S: Simd, T: Element, const R: usize, const V: usize>(
 ///
 /// # Safety
 /// As [`task`].
+#[allow(clippy::needless_range_loop)]
+#[inline(always)]
 unsafe fn tile<S: Simd, T: Element, const R: usize, const V: usize, const PART: bool>(
     simd: S,
     x: *const f32,
     k: usize,
     w: *const T,
     n: usize,
-    terms: Range<usize>,
+    terms: &Range<usize>,
     sums: Sums,
     next: usize,
     c: usize,
 ) {
-    simd.vectorize(
-        #[inline(always)]
-        || {
-            let lanes = (sums.width - c).min(S::LANES);
-            let mut acc = [[simd.zero(); V]; R];
-            // SAFETY: the caller vouches for the columns from c on in R rows of x, sums and scratch: V whole vectors, or
-            // `lanes` of one where `PART`.
-            unsafe {
-                let read = |from: *const f32| if PART { simd.read_part(from, lanes) } else { simd.read(from) };
-                if let Some(from) = sums.from {
-                    for (r, acc) in acc.iter_mut().enumerate() {
-                        for (v, acc) in acc.iter_mut().enumerate() {
-                            *acc = read(from.add(r * sums.width + c + v * S::LANES));
-                        }
-                    }
-                }
-                for k0 in terms {
-                    let w = w.add(k0 * n + c);
-                    if next > 0 {
-                        for line in 0..(V * S::LANES * size_of::<T>()).div_ceil(64) {
-                            prefetch(w.wrapping_add(next).cast::<u8>().wrapping_add(line * 64));
-                        }
-                    }
-                    let mut values = [simd.zero(); V];
-                    for (v, value) in values.iter_mut().enumerate() {
-                        let from = w.add(v * S::LANES);
-                        *value = if PART { T::read_part(simd, from, lanes) } else { T::read(simd, from) };
-                    }
-                    for (r, acc) in acc.iter_mut().enumerate() {
-                        let x = simd.splat(*x.add(r * k + k0));
-                        for (acc, &w) in acc.iter_mut().zip(&values) {
-                            *acc = simd.fma(x, w, *acc);
-                        }
-                    }
-                }
-                for (r, acc) in acc.into_iter().enumerate() {
-                    for (v, acc) in acc.into_iter().enumerate() {
-                        let to = sums.to.0.add(r * sums.to.1 + c + v * S::LANES);
-                        let sum = if sums.last && sums.add { simd.add(read(to), acc) } else { acc };
-                        match PART {
-                            true => simd.write_part(to, lanes, sum),
-                            false => simd.write(to, sum),
-                        }
-                    }
+    let lanes = (sums.width - c).min(S::LANES);
+    let mut acc = [[simd.zero(); V]; R];
+    // SAFETY: the caller vouches for the columns from c on in R rows of x, sums and scratch: V whole vectors, or
+    // `lanes` of one where `PART`.
+    unsafe {
+        if let Some(from) = sums.from {
+            for r in 0..R {
+                for v in 0..V {
+                    let from = from.add(r * sums.width + c + v * S::LANES);
+                    acc[r][v] = if PART { simd.read_part(from, lanes) } else { simd.read(from) };
                 }
             }
-        },
-    )
+        }
+        for k0 in terms.clone() {
+            let w = w.add(k0 * n + c);
+            if next > 0 {
+                for line in 0..(V * S::LANES * size_of::<T>()).div_ceil(64) {
+                    prefetch(w.wrapping_add(next).cast::<u8>().wrapping_add(line * 64));
+                }
+            }
+            let mut values = [simd.zero(); V];
+            for v in 0..V {
+                let from = w.add(v * S::LANES);
+                values[v] = if PART { T::read_part(simd, from, lanes) } else { T::read(simd, from) };
+            }
+            for r in 0..R {
+                let x = simd.splat(*x.add(r * k + k0));
+                for v in 0..V {
+                    acc[r][v] = simd.fma(x, values[v], acc[r][v]);
+                }
+            }
+        }
+        for r in 0..R {
+            for v in 0..V {
+                let to = sums.to.0.add(r * sums.to.1 + c + v * S::LANES);
+                if PART {
+                    let before = if sums.last && sums.add { simd.read_part(to, lanes) } else { simd.zero() };
+                    simd.write_part(to, lanes, simd.add(before, acc[r][v]));
+                } else {
+                    let before = if sums.last && sums.add { simd.read(to) } else { simd.zero() };
+                    simd.write(to, simd.add(before, acc[r][v]));
+                }
+            }
+        }
+    }
 }
