@@ -5,7 +5,8 @@ use xla::graph::{Attr, Kernel, Platform, Tensor};
 
 use crate::config::ModelConfig;
 
-/// The kernel of [`rms_norm`]: x (rows, M), weight (M), f32 → (rows, M); the attributes `epsilon` and `offset`.
+/// The kernel of [`rms_norm`]: x (rows, M) f32 and weight (M) of any float type → (rows, M) f32; the attributes `epsilon` and
+/// `offset`.
 pub const RMS_NORM: &str = "xllama.rms_norm";
 
 /// y = (offset + w) · x / sqrt(mean(x²) + ε) over the last axis; the offset is 1 for Gemma, else 0. `x`: (…, M), `weight`:
@@ -21,10 +22,8 @@ pub fn rms_norm(x: &Tensor, weight: &Tensor, cfg: &ModelConfig) -> Tensor {
     let kernel = Kernel::new(RMS_NORM)
         .attr("epsilon", Attr::F32(cfg.rms_norm_eps as f32))
         .attr("offset", Attr::F32(cfg.norm_offset as f32));
-    let weight = weight.cast(DType::F32);
-    let y = x
-        .graph()
-        .kernel(kernel, &[&rows, &weight], |args| vec![scaled(&args[0], &factor(&args[0], cfg), &args[1], cfg)]);
+    let y =
+        x.graph().kernel(kernel, &[&rows, weight], |args| vec![scaled(&args[0], &factor(&args[0], cfg), &args[1], cfg)]);
     y[0].reshape(x.shape())
 }
 

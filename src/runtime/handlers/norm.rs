@@ -1,9 +1,10 @@
 //! Normalisation.
 
-use kernels::{Isa, Values, rms_norm};
+use kernels::{Isa, rms_norm};
 use xla::pjrt::{CallFrame, FfiError, Handler};
 
 use super::XlaPool;
+use super::linear::values;
 use crate::model::RMS_NORM;
 
 /// [`RMS_NORM`].
@@ -14,7 +15,7 @@ impl Handler for RmsNorm {
 
     fn call(frame: &mut CallFrame<'_>) -> Result<(), FfiError> {
         let (epsilon, offset) = (frame.attribute("epsilon")?, frame.attribute("offset")?);
-        let (x, weight) = (frame.arg(0)?, Values::F32(frame.arg(1)?));
+        let (x, weight) = (frame.arg(0)?, values(frame, 1)?);
         rms_norm(Isa::detected(), &XlaPool::new(frame), x, weight, epsilon, offset, frame.result(0)?);
         Ok(())
     }
