@@ -29,6 +29,19 @@ const MERGE_SHARED: usize = worth(1 << 15);
 const AHEAD: usize = 4096;
 /// Keys whose products are summed together.
 const KEYS: usize = 4;
+/// Vectors of a value that are summed together.
+const VECTORS: usize = 4;
+
+/// Of so many rows those that are multiplied at once: [`KEYS`] or [`VECTORS`] sums for each, and what they need.
+#[inline(always)]
+fn at_once<S: Simd>(rows: usize) -> usize {
+    match (S::REGISTERS, rows) {
+        (32.., _) => rows.min(4),
+        // Rather 2 and 2 than 3 and 1.
+        (_, 4) => 2,
+        _ => rows.min(3),
+    }
+}
 
 /// The parts of the call's scratch. Rows are those of one head of keys, row = s·R + r.
 #[derive(Clone, Copy)]
@@ -171,10 +184,9 @@ unsafe fn block_scores<S: Simd, E: Element>(
     let first = at.head * t + at.keys.start;
     let keys = &k.data[first * width..][..count * width];
     let q = &q[at.head * plan.rows * plan.stride..][..plan.rows * plan.stride];
-    let rows_at_once = if S::REGISTERS >= 32 { 4 } else { 2 };
     let mut row = 0;
     while row < plan.rows {
-        let left = (plan.rows - row).min(rows_at_once);
+        let left = at_once::<S>(plan.rows - row);
         let q = &q[row * plan.stride..];
         let mut to: [&mut [f32]; 4] = Default::default();
         for (r, to) in to.iter_mut().enumerate().take(left) {
@@ -234,6 +246,7 @@ unsafe fn block_scores<S: Simd, E: Element>(
 
 /// q·k of `ROWS` rows, each `stride` after the other, with every key (n, width) to `to`, of which up to three elements
 /// more are written.
+#[allow(clippy::needless_range_loop)]
 #[inline(always)]
 fn products<S: Simd, E: Element, const ROWS: usize>(
     simd: S,
@@ -254,32 +267,57 @@ fn products<S: Simd, E: Element, const ROWS: usize>(
         }
         let mut sums = [[simd.zero(); KEYS]; ROWS];
         let mut d = 0;
-        while d < width {
-            let mut k = [simd.zero(); KEYS];
-            for (k, from) in k.iter_mut().zip(from) {
-                // SAFETY: each of these keys has LANES elements from d on, or as many as are left.
-                *k = unsafe {
-                    match d + S::LANES <= width {
-                        true => E::read(simd, from.add(d)),
-                        false => E::read_part(simd, from.add(d), width - d),
-                    }
-                };
-                prefetch(from.wrapping_add(d).cast::<u8>().wrapping_add(AHEAD));
+        // SAFETY: the rows of q are `stride` apart, with whole vectors, as asserted above; each of these keys has LANES elements
+        // from d on, or as many as are left.
+        unsafe {
+            while d + S::LANES <= width {
+                sums = add_products::<S, E, ROWS, false>(simd, sums, q.as_ptr().add(d), stride, from, d, width);
+                d += S::LANES;
             }
-            for (row, sums) in sums.iter_mut().enumerate() {
-                // SAFETY: the rows of q are `stride` apart, with whole vectors; asserted above.
-                let q = unsafe { simd.read(q.as_ptr().add(row * stride + d)) };
-                for (sum, k) in sums.iter_mut().zip(k) {
-                    *sum = simd.fma(q, k, *sum);
-                }
+            if d < width {
+                sums = add_products::<S, E, ROWS, true>(simd, sums, q.as_ptr().add(d), stride, from, d, width);
             }
-            d += S::LANES;
         }
         for (to, sums) in to.iter_mut().zip(sums) {
             to[t..t + KEYS].copy_from_slice(&simd.reduce_add4(sums));
         }
         t += KEYS;
     }
+}
+
+/// `sums` and a vector of each of `ROWS` rows of q, `stride` apart, times that of each key from element `d` on; of its lanes those
+/// below `width` where `PART`. By itself, as to read a part is a call, which keeps no sum in a register.
+///
+/// # Safety
+/// `q` must be valid for reads of whole vectors of the rows, each of `from` of the elements from `d` on.
+#[allow(clippy::needless_range_loop)]
+#[inline(always)]
+unsafe fn add_products<S: Simd, E: Element, const ROWS: usize, const PART: bool>(
+    simd: S,
+    mut sums: [[S::F32; KEYS]; ROWS],
+    q: *const f32,
+    stride: usize,
+    from: [*const E; KEYS],
+    d: usize,
+    width: usize,
+) -> [[S::F32; KEYS]; ROWS] {
+    // SAFETY: as the caller vouches.
+    unsafe {
+        let mut rows = [simd.zero(); ROWS];
+        for r in 0..ROWS {
+            rows[r] = simd.read(q.add(r * stride));
+        }
+        // Key after key, so that one is in registers beside all sums.
+        for i in 0..KEYS {
+            let from = from[i].add(d);
+            let k = if PART { E::read_part(simd, from, width - d) } else { E::read(simd, from) };
+            prefetch(from.cast::<u8>().wrapping_add(AHEAD));
+            for r in 0..ROWS {
+                sums[r][i] = simd.fma(rows[r], k, sums[r][i]);
+            }
+        }
+    }
+    sums
 }
 
 /// The weights of a block, in the place of its scores, their sum for each row, and their product with the values.
@@ -327,12 +365,11 @@ unsafe fn block_sums<S: Simd, E: Element>(
         }
         *total = simd.reduce_add(sum);
     }
-    let (rows_at_once, vectors_at_once) = if S::REGISTERS >= 32 { (4, 4) } else { (2, 4) };
     for start in (0..count).step_by(TERMS) {
         let values = &values[start * width..count.min(start + TERMS) * width];
         let mut row = 0;
         while row < plan.rows {
-            let left = (plan.rows - row).min(rows_at_once);
+            let left = at_once::<S>(plan.rows - row);
             let mut weights: [&[f32]; 4] = Default::default();
             for (r, weights) in weights.iter_mut().enumerate().take(left) {
                 // SAFETY: a block's own scores, which are its weights now.
@@ -341,7 +378,7 @@ unsafe fn block_sums<S: Simd, E: Element>(
             let sums = &mut sums[row * plan.stride..];
             let mut d = 0;
             while d < width {
-                let vectors = if width - d >= vectors_at_once * S::LANES { vectors_at_once } else { 1 };
+                let vectors = if width - d >= VECTORS * S::LANES { VECTORS } else { 1 };
                 let args = (weights, values, width, d, &mut *sums, plan.stride);
                 match (left, vectors) {
                     (1, 4) => add_values::<S, E, 1, 4>(simd, args),
@@ -365,6 +402,7 @@ unsafe fn block_sums<S: Simd, E: Element>(
 type Products<'a, E> = ([&'a [f32]; 4], &'a [E], usize, usize, &'a mut [f32], usize);
 
 /// weights·values of `VECTORS` vectors for `ROWS` rows; a single vector may reach past the last element.
+#[allow(clippy::needless_range_loop)]
 #[inline(always)]
 fn add_values<S: Simd, E: Element, const ROWS: usize, const VECTORS: usize>(
     simd: S,
@@ -376,18 +414,18 @@ fn add_values<S: Simd, E: Element, const ROWS: usize, const VECTORS: usize>(
     assert!((whole || VECTORS == 1) && weights[..ROWS].iter().all(|weights| weights.len() >= count));
     let mut acc = [[simd.zero(); VECTORS]; ROWS];
     for t in 0..count {
-        let mut v = [simd.zero(); VECTORS];
-        for (i, v) in v.iter_mut().enumerate() {
+        let mut factors = [simd.zero(); ROWS];
+        for r in 0..ROWS {
+            // SAFETY: every row has a weight for each value; asserted above.
+            factors[r] = simd.splat(unsafe { *weights[r].get_unchecked(t) });
+        }
+        for i in 0..VECTORS {
             let from = values.as_ptr().wrapping_add(t * width + d + i * S::LANES);
             // SAFETY: value t has `part` elements from d on.
-            *v = unsafe { if whole { E::read(simd, from) } else { E::read_part(simd, from, part) } };
+            let v = unsafe { if whole { E::read(simd, from) } else { E::read_part(simd, from, part) } };
             prefetch(from.cast::<u8>().wrapping_add(AHEAD));
-        }
-        for (acc, weights) in acc.iter_mut().zip(weights) {
-            // SAFETY: every row has a weight for each value; asserted above.
-            let weight = simd.splat(unsafe { *weights.get_unchecked(t) });
-            for (acc, v) in acc.iter_mut().zip(v) {
-                *acc = simd.fma(weight, v, *acc);
+            for r in 0..ROWS {
+                acc[r][i] = simd.fma(factors[r], v, acc[r][i]);
             }
         }
     }
