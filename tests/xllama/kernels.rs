@@ -166,8 +166,11 @@ fn operations_agree_on_odd_shapes() {
     for (rows, m, f) in [(1, 1, 1), (1, 37, 65), (3, 129, 31), (16, 300, 17)] {
         let dims = |g: &Graph| mlp(&feed_forward(g, m, f), &values(g, &[1, rows, m], 1.0), &cfg);
         agree(&format!("a feed-forward of {rows} × {m} × {f}"), dims);
-        let norm = |g: &Graph| rms_norm(&values(g, &[1, rows, m], 1.0), &values(g, &[1, m], 1.0).reshape(&[m]), &cfg);
-        agree(&format!("a norm of {rows} × {m}"), norm);
+        for dtype in [DType::F32, DType::BF16, DType::F16] {
+            let weight = |g: &Graph| values(g, &[1, m], 1.0).reshape(&[m]).cast(dtype);
+            let norm = |g: &Graph| rms_norm(&values(g, &[1, rows, m], 1.0), &weight(g), &cfg);
+            agree(&format!("a norm of {rows} × {m} by {dtype}"), norm);
+        }
     }
 }
 

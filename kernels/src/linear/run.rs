@@ -93,8 +93,9 @@ pub(super) fn run(isa: Isa, pool: &dyn Pool, x: &[f32], rows: usize, jobs: &[Job
     let mut scratch = Scratch::new(sums);
     let sums = Shared::new(&mut scratch);
 
-    pool.share(tasks.iter().sum(), &|task| {
-        let (mut job, mut task) = (0, task);
+    let (all, threads) = (tasks.iter().sum(), if rows > FEW { 1 } else { pool.threads() });
+    pool.share(all, &|task| {
+        let (mut job, mut task) = (0, apart(task, all, threads));
         while task >= tasks[job] {
             task -= tasks[job];
             job += 1;
@@ -124,6 +125,14 @@ pub(super) fn run(isa: Isa, pool: &dyn Pool, x: &[f32], rows: usize, jobs: &[Job
             false => pool.share(n.div_ceil(width), &|i| piece.finish(isa, job, i * width)),
         }
     }
+}
+
+/// The task that is taken as number `turn` of `all`: threads that take turns each go through neighbouring tasks, so that what one
+/// has asked memory for beyond the end of a task is what it needs next.
+pub(super) fn apart(turn: usize, all: usize, threads: usize) -> usize {
+    let (each, longer) = (all / threads, all % threads);
+    let thread = turn % threads;
+    thread * each + thread.min(longer) + turn / threads
 }
 
 /// Columns of all rows, whose sums are there.

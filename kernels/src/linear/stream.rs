@@ -77,7 +77,7 @@ pub(super) unsafe fn task<S: Simd, T: Element>(
         let part = at..terms.end.min(at + TERMS);
         for first in part.clone().step_by(SIDE_BY_SIDE) {
             let some = first..part.end.min(first + SIDE_BY_SIDE);
-            let next = if some.end < terms.end { SIDE_BY_SIDE * n } else { 0 };
+            let next = if some.end < k { SIDE_BY_SIDE * n } else { 0 };
             let mut row = 0;
             while row < rows {
                 // SAFETY: row, terms and columns are below `rows`, k and n, for which the caller vouches; the scratch has

@@ -427,3 +427,17 @@ fn lengths_that_no_usize_counts_are_refused() {
     let weight = Linear { weight: Weight::Rows { values: Values::F32(&[0.0; 4]), order: Order::Kn }, k: 2, n: 2 };
     linear(Isa::Portable, &Serial, &[], 1 << (usize::BITS - 1), &[weight], None, &mut [&mut []]);
 }
+
+#[test]
+fn tasks_apart_are_all_tasks() {
+    for threads in 1..9 {
+        for all in 0..70 {
+            let mut tasks: Vec<usize> = (0..all).map(|turn| super::run::apart(turn, all, threads)).collect();
+            // The turns of one thread are neighbours.
+            let neighbours = tasks.windows(threads + 1).all(|some| some[threads] == some[0] + 1);
+            assert!(neighbours, "{all} tasks of {threads} threads: {tasks:?}");
+            tasks.sort_unstable();
+            assert!(tasks.iter().copied().eq(0..all), "{all} tasks of {threads} threads");
+        }
+    }
+}
