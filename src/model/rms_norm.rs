@@ -22,8 +22,9 @@ pub fn rms_norm(x: &Tensor, weight: &Tensor, cfg: &ModelConfig) -> Tensor {
     let kernel = Kernel::new(RMS_NORM)
         .attr("epsilon", Attr::F32(cfg.rms_norm_eps as f32))
         .attr("offset", Attr::F32(cfg.norm_offset as f32));
-    let y =
-        x.graph().kernel(kernel, &[&rows, weight], |args| vec![scaled(&args[0], &factor(&args[0], cfg), &args[1], cfg)]);
+    let y = x
+        .graph()
+        .kernel(kernel, &[&rows, weight], |args| vec![scaled(&args[0], &factor(&args[0], cfg), &args[1], cfg)]);
     y[0].reshape(x.shape())
 }
 
