@@ -206,8 +206,8 @@ impl Sketch {
 /// How far the gradient of a parameter may be.
 const RELATIVE: f64 = 2e-5;
 
-/// The same of Gemma 3 270M, whose residual stream reaches 1e5: its gradients follow every rounding of its activations (docs/training.md
-/// has what float64 gives with such roundings alone), most of all those of two norms' weights in one channel.
+/// The same of Gemma 3 270M, whose residual stream reaches 1e5: weights of two of its norms are at 2.0e-5 and 2.2e-5 with AVX2, the
+/// other 234 tensors within 1.2e-5.
 const RELATIVE_OF_GEMMA: f64 = 3e-5;
 
 /// Each golden's losses and gradients, or those of its adapters, are PyTorch's, whatever is kept for the gradients and whether kernels
