@@ -13,11 +13,18 @@ use half::{bf16, f16};
 use kernels::packed::{Bits, Format, Scales};
 use kernels::{Isa, Linear, Order, Packed, Pool, Serial, Values, Weight, linear};
 
+/// The weights of the table.
+const WEIGHTS: [&str; 6] = ["f32", "bf16", "f16", "bf16 NK", "int8", "int4"];
+
 fn main() {
     let mut args = std::env::args().skip(1);
     let mut number = |default| args.next().map_or(default, |arg| arg.parse().expect("a number"));
     let (megabytes, rounds) = (number(64), number(9));
     let wanted: Vec<String> = args.collect();
+    if let Some(other) = wanted.iter().find(|wanted| !WEIGHTS.contains(&wanted.as_str())) {
+        eprintln!("error: weight {other:?}: one of {WEIGHTS:?} required");
+        std::process::exit(2);
+    }
     let isa = Isa::detected();
     println!("{isa:?}, {megabytes} MB of each weight, medians of {rounds} rounds; GB/s, and GOP/s for 512 rows");
     println!(
@@ -25,10 +32,7 @@ fn main() {
         "shape", "weight", "threads", "read", "1 row", "8 rows", "512 rows"
     );
     for (k, n) in [(576, 576), (576, 1536), (1536, 576), (2048, 8192)] {
-        for name in ["f32", "bf16", "f16", "bf16 NK", "int8", "int4"] {
-            if !wanted.is_empty() && !wanted.iter().any(|wanted| wanted == name) {
-                continue;
-            }
+        for name in WEIGHTS.into_iter().filter(|name| wanted.is_empty() || wanted.iter().any(|wanted| wanted == name)) {
             let measure = |pool: &dyn Pool| measure(isa, pool, name, k, n, megabytes << 20, rounds);
             measure(&Serial);
             with_spinning(&measure);

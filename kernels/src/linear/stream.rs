@@ -227,12 +227,15 @@ unsafe fn tile<S: Simd, T: Element, const R: usize, const V: usize, const PART: 
         for r in 0..R {
             for v in 0..V {
                 let to = sums.to.0.add(r * sums.to.1 + c + v * S::LANES);
+                let mut sum = acc[r][v];
+                if sums.last && sums.add {
+                    let before = if PART { simd.read_part(to, lanes) } else { simd.read(to) };
+                    sum = simd.add(before, sum);
+                }
                 if PART {
-                    let before = if sums.last && sums.add { simd.read_part(to, lanes) } else { simd.zero() };
-                    simd.write_part(to, lanes, simd.add(before, acc[r][v]));
+                    simd.write_part(to, lanes, sum);
                 } else {
-                    let before = if sums.last && sums.add { simd.read(to) } else { simd.zero() };
-                    simd.write(to, simd.add(before, acc[r][v]));
+                    simd.write(to, sum);
                 }
             }
         }
