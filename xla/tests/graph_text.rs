@@ -348,6 +348,7 @@ fn every_op() -> Graph {
     ];
     let mut results = [floats.to_vec(), others.to_vec()].concat();
     results.extend(g.call("f", &[&x], |a| a.to_vec()));
+    results.extend(g.custom_vjp("f", &[&x], |a| (a.to_vec(), vec![]), |_, ct| vec![Some(ct[0].clone())]));
     results.extend(g.while_loop(&[&x], |_| g.scalar(false, Pred), |v| v.to_vec()));
     results.extend(g.case(&i, &[&x], &[&|a: &[Tensor]| a.to_vec()]));
     results.extend(g.optimization_barrier(&[&x]));

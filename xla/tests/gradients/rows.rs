@@ -1,7 +1,7 @@
 //! The table: for each op programs that use it.
 
 use xla::DType::{BF16, F32, F64, I32, Pred, U32, U64};
-use xla::graph::{Algorithm, Branch, CustomCall, Fold, Graph, Kernel, Mesh, Rules, Tensor, einsum};
+use xla::graph::{Algorithm, Branch, CustomCall, Fold, Graph, Kernel, Mesh, Rules, Save, Tensor, einsum};
 
 /// The shape of an input, and the range of its numbers where no golden gives them.
 type Input = (&'static [usize], f64, f64);
@@ -323,6 +323,26 @@ pub(crate) const ROWS: &[Row] = &[
             g.kernel(kernel, &[&x[0].exp()], |a| vec![a[0].tanh().square()])
         })
     },
+    // Two results and one argument without a cotangent; in a function that computes its forward half once more, too.
+    row("custom_vjp", "", &[(&[2, 3], -1.0, 1.0), (&[3, 4], -1.0, 1.0)], |g, x| {
+        let product = |x: &Tensor, w: &Tensor| {
+            let rows = g.iota(F64, &[2], 0);
+            let forward = |a: &[Tensor]| {
+                let y = einsum("AB,BC->AC", &a[0], &a[1]) + a[2].broadcast(&[2, 4], &[0]);
+                (vec![y.square(), y.sum(&[1])], vec![a[0].clone(), a[1].clone(), y * 2.0])
+            };
+            let backward = |kept: &[Tensor], ct: &[Tensor]| {
+                let of_y = &ct[0] * &kept[2] + ct[1].broadcast(&[2, 4], &[0]);
+                vec![Some(einsum("AC,BC->AB", &of_y, &kept[1])), Some(einsum("AB,AC->BC", &kept[0], &of_y)), None]
+            };
+            g.custom_vjp("product", &[x, w, &rows], forward, backward)
+        };
+        let first = product(&x[0].tanh(), &x[1]);
+        let again = g.checkpoint("again", Save::Nothing, &[&x[0], &x[1]], |a| vec![product(&a[0], &a[1]).remove(0)]);
+        // One more that no gradient goes through stays the op that it is.
+        let signs = product(&x[0].stop_gradient(), &x[1].stop_gradient()).remove(1).sign();
+        vec![first[0].clone(), &first[1] * again[0].sum(&[1]) * signs]
+    }),
     on_mesh("sharding_constraint", "", &[(&[4, 6], -1.0, 1.0), (&[6, 8], -1.0, 1.0)], |_, x| {
         let h = einsum("BM,MF->BF", &x[0].shard(["batch", ""]), &x[1].shard(["", "mlp"])).shard(["batch", "mlp"]);
         vec![h.tanh().shard(["", "mlp"])]

@@ -18,6 +18,7 @@ pub mod constant;
 pub mod control;
 pub mod convert;
 pub mod custom_call;
+pub mod custom_vjp;
 pub mod dot;
 pub mod dynamic;
 pub mod gather;
@@ -211,6 +212,7 @@ pub const ALL: &[OpInfo] = &[
     control::Case::INFO,
     control::OptimizationBarrier::INFO,
     custom_call::CustomCall::INFO,
+    custom_vjp::CustomVjp::INFO,
     sharding::ShardingConstraint::INFO,
     manual::ManualComputation::INFO,
     collective::AllReduce::INFO,

@@ -33,6 +33,19 @@ pub(super) const ROWS: &[Row] = &[
         c.is(&two[0], &array![10i32]);
         c.is(&two[1], &array![-1f32, -2.0, -3.0]);
     }),
+    ("custom_vjp", |c| {
+        let g = c.g.clone();
+        let x = c.arg(&array![1f32, -2.0]);
+        // A derivative that is not that of the function shows which of the two was taken.
+        let forward = |a: &[Tensor]| (vec![a[0].square(), a[0].sum(&[0])], vec![-&a[0]]);
+        let odd = |x: &Tensor| g.custom_vjp("odd", &[x], forward, |kept, ct| vec![Some(&kept[0] * &ct[0])]);
+        let y = odd(&x);
+        c.is(&y[0], &array![1f32, 4.0]);
+        c.is(&y[1], &arr0(-1f32));
+        let gradient = g.grad(&(&y[0] * 3.0).sum(&[0]), &[&x]).remove(0);
+        c.is(&gradient, &array![-3f32, 6.0]);
+        c.is(&odd(&gradient)[0], &array![9f32, 36.0]);
+    }),
     ("while", |c| {
         let g = c.g.clone();
         let (n, x) = (c.arg(&arr0(5i32)), c.arg(&array![1f32, 3.0]));
