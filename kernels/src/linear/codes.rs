@@ -79,6 +79,8 @@ unsafe fn blocks<S: Simd, const J: usize, const FOUR: bool>(
                     tile::<S, J, FOUR, 6, 2>(simd, x_rows, [first, second], groups, to);
                 } else if S::LANES < BLOCK && some == 1 && pair {
                     tile::<S, J, FOUR, 1, 2>(simd, x_rows, [first, second], groups, to);
+                } else if S::WIDE && !FOUR && some == 4 && pair {
+                    tile::<S, J, FOUR, 4, 2>(simd, x_rows, [first, second], groups, to);
                 } else {
                     for (strip, to) in [(first, to), (second, to.next::<S>())].into_iter().take(1 + usize::from(pair)) {
                         if J == 8 && S::REGISTERS == 32 && some == 8 {
@@ -162,7 +164,8 @@ impl Floats {
     }
 }
 
-/// Codes of R rows of x: of each group, (J, R, 4) codes, and for each row −bias·Σcodes, the scale, and scale·Σcodes.
+/// Codes of R rows of x: of each group, (J, R, 4) codes, and for each row −bias·Σcodes, the scale, and scale·Σcodes. Where
+/// a weight's codes are widened, four codes are 16 bits each, in the order 0, 2, 1, 3.
 #[derive(Clone, Copy)]
 pub(super) struct Rows {
     pub(super) q: *const i8,
@@ -188,6 +191,7 @@ unsafe fn tile<S: Simd, const J: usize, const FOUR: bool, const R: usize, const 
         || {
             let bytes = if FOUR { J * BLOCK * 2 } else { J * BLOCK * 4 };
             let low = simd.splat_i32(0x0f0f_0f0f);
+            let wide = const { S::WIDE && !FOUR };
             let mut first = 0;
             // SAFETY: all groups that are read are below `groups`, of which x and w have as many, each with J words of R
             // rows in x and J (or J / 2) vectors in w; results are read and written within the width of `to` alone.
@@ -204,23 +208,28 @@ unsafe fn tile<S: Simd, const J: usize, const FOUR: bool, const R: usize, const 
                             }
                         }
                         let start = |r: usize| simd.splat_i32(*x.start.add(g * R + r));
-                        let mut dots = [[simd.dots(simd.splat_i32(0)); H]; R];
+                        let mut dots = [[simd.dots::<FOUR>(simd.splat_i32(0)); H]; R];
                         for r in 0..R {
-                            dots[r] = [simd.dots(start(r)); H];
+                            dots[r] = [simd.dots::<FOUR>(start(r)); H];
                         }
-                        let xq = x.q.add(g * J * R * 4);
+                        let xq = x.q.add(g * J * R * if wide { 8 } else { 4 }).cast::<i32>();
                         for j in 0..if FOUR { J / 2 } else { J } {
                             let mut codes = [simd.splat_i32(0); H];
                             for h in 0..H {
                                 codes[h] = simd.read_i32(w[h].q.add(g * bytes + j * 64));
                             }
                             // The upper four bits are those of the terms behind the first half.
-                            for half in 0..if FOUR { 2 } else { 1 } {
+                            for half in 0..if FOUR || wide { 2 } else { 1 } {
                                 for r in 0..R {
-                                    let at = xq.add(((j + half * J / 2) * R + r) * 4);
-                                    let x = simd.splat_i32(at.cast::<i32>().read_unaligned());
+                                    let at = match FOUR {
+                                        true => (j + half * J / 2) * R + r,
+                                        false if wide => (j * R + r) * 2 + half,
+                                        false => j * R + r,
+                                    };
+                                    let x = simd.splat_i32(xq.add(at).read_unaligned());
                                     for h in 0..H {
                                         let codes = match (FOUR, half) {
+                                            (false, _) if wide => simd.widen(codes[h], half == 1),
                                             (false, _) => codes[h],
                                             (true, 0) => simd.and(codes[h], low),
                                             (true, _) => simd.and(simd.shift_right::<4>(codes[h]), low),

@@ -4,6 +4,7 @@ use half::{bf16, f16};
 
 use super::codes::Rows;
 use super::{FEW, Linear, Values, Weight};
+use crate::packed::Bits;
 use crate::pool::worth;
 use crate::scratch::{Scratch, Shared};
 use crate::simd::Simd;
@@ -21,8 +22,9 @@ pub(super) enum Kind {
     F32,
     Bf16,
     F16,
-    /// int8, for codes that are stored with `bias` added.
+    /// int8, for codes of so many bits that are stored with `bias` added.
     Codes {
+        bits: Bits,
         group: usize,
         bias: i32,
     },
@@ -34,7 +36,9 @@ impl Kind {
             Weight::Rows { values: Values::F32(_), .. } => Kind::F32,
             Weight::Rows { values: Values::Bf16(_), .. } => Kind::Bf16,
             Weight::Rows { values: Values::F16(_), .. } => Kind::F16,
-            Weight::Packed(packed) => Kind::Codes { group: packed.group, bias: packed.format().bias() },
+            Weight::Packed(packed) => {
+                Kind::Codes { bits: packed.bits, group: packed.group, bias: packed.format().bias() }
+            }
         }
     }
 }
@@ -69,10 +73,13 @@ impl<'a> Input<'a> {
                 });
                 Input::Rounded(rounded)
             }
-            Kind::Codes { group, bias } => {
+            Kind::Codes { bits, group, bias } => {
                 let groups = k.div_ceil(group);
+                let wide = dispatch!(isa, |simd| wide(simd, bits));
+                let bytes = if wide { 2 } else { 1 };
                 let mut codes = Codes {
-                    q: Scratch::new(rows * groups * group),
+                    q: Scratch::new(rows * groups * group * bytes),
+                    bytes,
                     start: Scratch::new(rows * groups),
                     scale: Scratch::new(rows * groups),
                     sum: Scratch::new(rows * groups),
@@ -94,14 +101,28 @@ impl<'a> Input<'a> {
                             // is what starts at `row`; no other block has these rows.
                             unsafe {
                                 let to = (
-                                    to.0.get().add(at * group),
+                                    to.0.get().add(at * group * bytes),
                                     to.1.get().add(at),
                                     to.2.get().add(at),
                                     to.3.get().add(at),
                                 );
                                 match group {
-                                    32 => quantise::<_, 32>(simd, &x[row * k..(row + some) * k], k, some, bias, to),
-                                    _ => quantise::<_, 16>(simd, &x[row * k..(row + some) * k], k, some, bias, to),
+                                    32 => quantise::<_, 32>(
+                                        simd,
+                                        &x[row * k..(row + some) * k],
+                                        k,
+                                        some,
+                                        (bias, wide),
+                                        to,
+                                    ),
+                                    _ => quantise::<_, 16>(
+                                        simd,
+                                        &x[row * k..(row + some) * k],
+                                        k,
+                                        some,
+                                        (bias, wide),
+                                        to,
+                                    ),
                                 }
                             }
                             row += some;
@@ -147,6 +168,8 @@ fn round(kind: Kind, x: &[f32], to: &mut [f32]) {
 /// [`Rows`].
 pub(super) struct Codes {
     q: Scratch<i8>,
+    /// Bytes of a code: two where they are [`wide`].
+    bytes: usize,
     start: Scratch<i32>,
     scale: Scratch<f32>,
     sum: Scratch<f32>,
@@ -160,7 +183,7 @@ impl Codes {
     pub(super) fn rows(&self, row: usize, groups: usize, group: usize) -> Rows {
         let at = row * groups;
         Rows {
-            q: self.q[at * group..].as_ptr(),
+            q: self.q[at * group * self.bytes..].as_ptr(),
             start: self.start[at..].as_ptr(),
             scale: self.scale[at..].as_ptr(),
             sum: self.sum[at..].as_ptr(),
@@ -181,6 +204,11 @@ pub(super) fn group_rows<S: Simd>(all: usize, left: usize, group: usize) -> usiz
     if left >= most { most } else { [4, 1].into_iter().find(|&rows| rows <= left).unwrap_or(1) }
 }
 
+/// Whether codes of x are 16 bits each, for a weight of so many bits.
+pub(super) fn wide<S: Simd>(_: S, bits: Bits) -> bool {
+    S::WIDE && bits == Bits::Eight
+}
+
 fn group_rows_of<S: Simd>(_: S, all: usize, left: usize, group: usize) -> usize {
     group_rows::<S>(all, left, group)
 }
@@ -191,14 +219,15 @@ fn group_rows_of<S: Simd>(_: S, all: usize, left: usize, group: usize) -> usize 
 /// scale.
 ///
 /// # Safety
-/// The four pointers of `to` must be valid for writes of codes (K/G, G/4, rows, 4), and of (K/G, rows) for the others.
+/// The four pointers of `to` must be valid for writes of codes (K/G, G/4, rows, 4), of 16 bits each if `wide`, and of (K/G, rows)
+/// for the others.
 #[inline(always)]
 unsafe fn quantise<S: Simd, const G: usize>(
     simd: S,
     x: &[f32],
     k: usize,
     rows: usize,
-    bias: i32,
+    (bias, wide): (i32, bool),
     to: (*mut i8, *mut i32, *mut f32, *mut f32),
 ) {
     for r in 0..rows {
@@ -222,13 +251,21 @@ unsafe fn quantise<S: Simd, const G: usize>(
                 sum = simd.add(sum, simd.sub(y, magic));
                 simd.store(rounded, y);
             }
-            let codes = rounded.map(|y: f32| y.to_bits() as i8);
             let sum = simd.reduce_add(sum);
             // SAFETY: g is below K/G, j below G/4 and r below `rows`, for which the caller vouches.
             unsafe {
-                for (j, codes) in codes.chunks_exact(4).enumerate() {
-                    let to = to.0.add(((g * G / 4 + j) * rows + r) * 4);
-                    to.cast::<[i8; 4]>().write([codes[0], codes[1], codes[2], codes[3]]);
+                for j in 0..G / 4 {
+                    let at = (g * G / 4 + j) * rows + r;
+                    let code = |i: usize| rounded[j * 4 + i].to_bits();
+                    if wide {
+                        let word = |i: usize| u64::from(code(i) as u16);
+                        let words = word(0) | word(2) << 16 | word(1) << 32 | word(3) << 48;
+                        to.0.cast::<u64>().add(at).write_unaligned(words.to_le());
+                    } else {
+                        let byte = |i: usize| u32::from(code(i) as u8);
+                        let bytes = byte(0) | byte(1) << 8 | byte(2) << 16 | byte(3) << 24;
+                        to.0.cast::<u32>().add(at).write_unaligned(bytes.to_le());
+                    }
                 }
                 *to.1.add(g * rows + r) = -bias * sum as i32;
                 *to.2.add(g * rows + r) = scale;

@@ -35,11 +35,12 @@ fn mask(n: usize) -> __m256i {
 impl Simd for Avx2 {
     type F32 = __m256;
     type I32 = __m256i;
-    /// Of the lower and of the upper four bits of w, 16 bits for each two bytes: 15 · 128 · 2, eight times, is below 2¹⁵.
-    type Dots = [__m256i; 2];
+    /// Of four bits, 16 bits for each two bytes: 15 · 128 · 2, eight times, is below 2¹⁵; else 32 bits.
+    type Dots = __m256i;
     type Floats = Self;
     const LANES: usize = 8;
     const REGISTERS: usize = 16;
+    const WIDE: bool = true;
 
     #[inline(always)]
     fn vectorize<R>(self, f: impl FnOnce() -> R) -> R {
@@ -242,34 +243,32 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
-    fn dots(self, _start: Self::I32) -> Self::Dots {
+    fn widen(self, w: Self::I32, odd: bool) -> Self::I32 {
         // SAFETY: the token says that the instructions exist.
-        unsafe { [_mm256_setzero_si256(); 2] }
+        unsafe { if odd { _mm256_srli_epi16::<8>(w) } else { _mm256_and_si256(w, _mm256_set1_epi16(255)) } }
     }
 
     #[inline(always)]
-    fn dot<const FOUR: bool>(self, [low, high]: Self::Dots, w: Self::I32, x: Self::I32) -> Self::Dots {
+    fn dots<const FOUR: bool>(self, start: Self::I32) -> Self::Dots {
+        // SAFETY: the token says that the instructions exist.
+        unsafe { if FOUR { _mm256_setzero_si256() } else { start } }
+    }
+
+    #[inline(always)]
+    fn dot<const FOUR: bool>(self, dots: Self::Dots, w: Self::I32, x: Self::I32) -> Self::Dots {
         // SAFETY: the token says that the instructions exist.
         unsafe {
-            if FOUR {
-                return [_mm256_add_epi16(low, _mm256_maddubs_epi16(w, x)), high];
+            match FOUR {
+                true => _mm256_add_epi16(dots, _mm256_maddubs_epi16(w, x)),
+                false => _mm256_add_epi32(dots, _mm256_madd_epi16(w, x)),
             }
-            let mask = _mm256_set1_epi8(15);
-            let (lower, upper) = (_mm256_and_si256(w, mask), _mm256_and_si256(_mm256_srli_epi16::<4>(w), mask));
-            [
-                _mm256_add_epi16(low, _mm256_maddubs_epi16(lower, x)),
-                _mm256_add_epi16(high, _mm256_maddubs_epi16(upper, x)),
-            ]
         }
     }
 
     #[inline(always)]
-    fn total<const FOUR: bool>(self, [low, high]: Self::Dots, start: Self::I32) -> Self::I32 {
+    fn total<const FOUR: bool>(self, dots: Self::Dots, start: Self::I32) -> Self::I32 {
         // SAFETY: the token says that the instructions exist.
-        unsafe {
-            let total = _mm256_add_epi32(start, _mm256_madd_epi16(low, _mm256_set1_epi16(1)));
-            if FOUR { total } else { _mm256_add_epi32(total, _mm256_madd_epi16(high, _mm256_set1_epi16(16))) }
-        }
+        unsafe { if FOUR { _mm256_add_epi32(start, _mm256_madd_epi16(dots, _mm256_set1_epi16(1))) } else { dots } }
     }
 
     #[inline(always)]

@@ -249,7 +249,7 @@ impl<const VNNI: bool> Simd for Avx512<VNNI> {
     }
 
     #[inline(always)]
-    fn dots(self, start: Self::I32) -> Self::Dots {
+    fn dots<const FOUR: bool>(self, start: Self::I32) -> Self::Dots {
         // SAFETY: the token says that the instructions exist.
         unsafe { [if VNNI { start } else { _mm512_setzero_si512() }, _mm512_setzero_si512()] }
     }

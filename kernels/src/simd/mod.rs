@@ -119,10 +119,17 @@ pub trait Simd: Copy + Send + Sync + 'static {
     /// Logical shift of each lane.
     fn shift_right<const N: u32>(self, a: Self::I32) -> Self::I32;
     fn to_f32(self, a: Self::I32) -> Self::F32;
+    /// Whether bytes of w that are not `FOUR` are multiplied as 16 bits, for want of a product of bytes whose sum fits.
+    const WIDE: bool = false;
+    /// Of each lane the bytes 0 and 2, or 1 and 3 if `odd`, as 16 bits each.
+    #[inline(always)]
+    fn widen(self, w: Self::I32, odd: bool) -> Self::I32 {
+        self.and(if odd { self.shift_right::<8>(w) } else { w }, self.splat_i32(0x00ff_00ff))
+    }
     /// Sums that begin with `start`; [`Simd::total`] is given the same.
-    fn dots(self, start: Self::I32) -> Self::Dots;
+    fn dots<const FOUR: bool>(self, start: Self::I32) -> Self::Dots;
     /// dots + Σ w·x over the four bytes of each lane, w unsigned, at most 15 where `FOUR`, and x signed. At most
-    /// eight times.
+    /// eight times. If [`Simd::WIDE`] and not `FOUR`, over the two 16-bit words of each lane, at most sixteen times.
     fn dot<const FOUR: bool>(self, dots: Self::Dots, w: Self::I32, x: Self::I32) -> Self::Dots;
     /// What the dots come to.
     fn total<const FOUR: bool>(self, dots: Self::Dots, start: Self::I32) -> Self::I32;
@@ -199,10 +206,21 @@ mod tests {
 
     /// acc + 8 Σ w·x.
     #[inline(always)]
-    fn dots<S: Simd, const FOUR: bool>(simd: S, acc: S::I32, w: S::I32, x: S::I32) -> S::F32 {
-        let mut dots = simd.dots(acc);
+    fn dots<S: Simd, const FOUR: bool>(simd: S, acc: S::I32, w: S::I32, x: &[i32]) -> S::F32 {
+        let mut dots = simd.dots::<FOUR>(acc);
+        let wide = |odd: usize| -> [i32; 16] {
+            let word = |x: i32, b: usize| i32::from(x.to_le_bytes()[b] as i8);
+            std::array::from_fn(|i| x.get(i).map_or(0, |&x| word(x, odd) & 0xffff | word(x, odd + 2) << 16))
+        };
+        // SAFETY: there are LANES elements each.
+        let [x, even, odd] = unsafe { [x, &wide(0), &wide(1)].map(|x| simd.read_i32(x.as_ptr().cast())) };
         for _ in 0..8 {
-            dots = simd.dot::<FOUR>(dots, w, x);
+            dots = if S::WIDE && !FOUR {
+                let even = simd.dot::<FOUR>(dots, simd.widen(w, false), even);
+                simd.dot::<FOUR>(even, simd.widen(w, true), odd)
+            } else {
+                simd.dot::<FOUR>(dots, w, x)
+            };
         }
         simd.to_f32(simd.total::<FOUR>(dots, acc))
     }
@@ -216,10 +234,11 @@ mod tests {
             let halves: Vec<half::f16> = a[i..].iter().map(|&x| half::f16::from_f32(x)).collect();
             let bf16s: Vec<half::bf16> = a[i..].iter().map(|&x| half::bf16::from_f32(x)).collect();
             // SAFETY: there are LANES elements from i on.
-            let (h, bf, [w, s, acc]) = unsafe {
+            let (h, bf, [w, _, acc]) = unsafe {
                 let words = words.each_ref().map(|words| simd.read_i32(words[i..].as_ptr().cast()));
                 (simd.read_f16(halves.as_ptr()), simd.read_bf16(bf16s.as_ptr()), words)
             };
+            let s = &words[1][i..];
             let integers = simd.to_f32(simd.shift_right::<4>(simd.and(w, simd.splat_i32(0x00f0_f0f0))));
             let values = [
                 simd.add(x, y),

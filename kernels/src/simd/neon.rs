@@ -235,7 +235,7 @@ impl Simd for Neon {
     }
 
     #[inline(always)]
-    fn dots(self, start: Self::I32) -> Self::Dots {
+    fn dots<const FOUR: bool>(self, start: Self::I32) -> Self::Dots {
         start
     }
 

@@ -178,7 +178,7 @@ impl Simd for Portable {
     }
 
     #[inline(always)]
-    fn dots(self, start: Self::I32) -> Self::Dots {
+    fn dots<const FOUR: bool>(self, start: Self::I32) -> Self::Dots {
         start
     }
 
