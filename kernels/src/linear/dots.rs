@@ -6,8 +6,12 @@ use super::TERMS;
 use super::element::Element;
 use crate::simd::{Simd, prefetch};
 
-/// Outputs that are computed together.
-const OUTPUTS: usize = 4;
+/// Outputs that are computed together, of one row and of several.
+const OUTPUTS: usize = 8;
+const OUTPUTS_OF_ROWS: usize = 4;
+
+/// Bytes of the weight that are fetched ahead, at its end those of the next task.
+const AHEAD: usize = 24 << 10;
 
 /// Columns `columns` of x (rows, K) · w into `out`, rows of `stride`, the first column at its start.
 ///
@@ -24,20 +28,20 @@ pub(super) unsafe fn columns<S: Simd, T: Element>(
     stride: usize,
 ) {
     let mut c = columns.start;
+    let most = if rows == 1 { OUTPUTS } else { OUTPUTS_OF_ROWS };
     while c < columns.end {
-        let outputs = (columns.end - c).min(OUTPUTS);
-        // What is fetched meanwhile is the weight of the next outputs.
-        let next = if c + 2 * OUTPUTS <= columns.end { OUTPUTS * k } else { 0 };
+        let outputs = (columns.end - c).min(most);
         let mut row = 0;
         while row < rows {
             // SAFETY: the row is below `rows` and the output below the columns' end, and a tile has no more rows and
             // outputs than are left.
             unsafe {
                 let (x, w, out) = (x.add(row * k), w.add(c * k), out.add(row * stride + c - columns.start));
-                let next = if row == 0 { next } else { 0 };
+                let next = if row == 0 { AHEAD / size_of::<T>() } else { 0 };
                 row += match (outputs, rows - row) {
-                    (OUTPUTS, 4..) => tile::<S, T, 4, OUTPUTS>(simd, x, k, w, out, stride, next),
                     (OUTPUTS, _) => tile::<S, T, 1, OUTPUTS>(simd, x, k, w, out, stride, next),
+                    (OUTPUTS_OF_ROWS, 4..) => tile::<S, T, 4, OUTPUTS_OF_ROWS>(simd, x, k, w, out, stride, next),
+                    (OUTPUTS_OF_ROWS, _) => tile::<S, T, 1, OUTPUTS_OF_ROWS>(simd, x, k, w, out, stride, next),
                     _ => {
                         for o in 0..outputs {
                             tile::<S, T, 1, 1>(simd, x, k, w.add(o * k), out.add(o), stride, next);
