@@ -11,7 +11,7 @@ mod sample;
 
 pub use profile::{KernelCall, kernel_calls};
 
-use kernels::{Isa, Pool};
+use kernels::Pool;
 use xla::graph::{MATMUL, Platform};
 use xla::pjrt::{CallFrame, Client, Error, FfiError, Handler, Plugin, ThreadPool};
 
@@ -28,9 +28,7 @@ const TRAINING: &[&str] = &[MATMUL, ATTEND, ATTEND_GRADIENT, GATE, GATE_GRADIENT
 
 /// The kernels of a training step of a model that has these.
 pub(super) fn of_training(kernels: &[&str]) -> &'static [&'static str] {
-    // With AVX-512 XLA's library multiplies as fast as the machine can, and its sums are shorter than with AVX2.
-    let short = matches!(Isa::detected(), Isa::Avx512Vnni | Isa::Avx512);
-    if kernels.is_empty() { &[] } else { &TRAINING[usize::from(short)..] }
+    if kernels.is_empty() { &[] } else { TRAINING }
 }
 
 /// Makes the kernels known to a CPU plugin and gives the names of those of inference: none where the plugin does not take handlers.

@@ -9,10 +9,10 @@ use xla::graph::Platform;
 use xla::hlo::{self, CollectiveKind};
 use xllama::generation::SamplingOptions;
 use xllama::generation::sampling::SamplerSpec;
-use xllama::runtime::{Blueprint, CacheOptions, Output, Session, StepSpec, build, device};
+use xllama::runtime::{Blueprint, CacheOptions, Engine, LoadOptions, Output, Session, StepSpec, build, device};
 use xllama::sharding::MeshShape;
 
-use crate::support::{Tiny, engine, engine_on, golden, plugin, repository, run};
+use crate::support::{Tiny, engine_on, golden, plugin, repository, run};
 
 fn mesh(text: &str) -> MeshShape {
     text.parse().expect("a mesh")
@@ -199,15 +199,19 @@ fn sampling_gathers_no_vocabulary() {
     }
 }
 
+/// Both without kernels, which a mesh has none of: their sums are rounded otherwise than XLA's.
 #[test]
 fn a_whole_batch_of_one_text_is_each_text() {
     let folder = PathBuf::from(golden("qwen3"));
-    let alone = engine(&folder);
+    let (plugin, client) = device::open(plugin(), 1).expect("the plugin opens");
+    let checkpoint = converter::Checkpoint::open(&folder).expect("a checkpoint");
+    let options = LoadOptions { kernels: false, ..LoadOptions::new(DType::F32, None) };
+    let alone = Engine::load(plugin, client, &checkpoint, options, &|_, _| ()).expect("it loads");
     let split = engine_on(&folder, mesh("data=2"));
     let tokens: Vec<u32> = (0..40).map(|i| (i * 7 + 3) % 97).collect();
     let one = xllama::runtime::chunked_logits(&alone, &tokens, 16).expect("logits");
     let other = xllama::runtime::chunked_logits(&split, &tokens, 16).expect("logits");
     assert_eq!(one.len(), 40 * 97);
     let worst = one.iter().zip(&other).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
-    assert!(worst < 1e-5, "{worst}");
+    assert!(worst < 1e-6, "{worst}");
 }

@@ -2,8 +2,6 @@
 //! they are, and no logit is computed twice (as in Hsu et al. 2024, "Liger Kernel", arXiv:2410.10989). On every device it takes
 //! an array of the head's size for the head's gradient.
 
-use std::ops::RangeInclusive;
-
 use xla::DType::{F32, I32};
 use xla::graph::{Tensor, einsum_as};
 
@@ -14,7 +12,7 @@ use crate::config::ModelConfig;
 const LOGITS: usize = 1 << 25;
 
 /// Never all logits in one; and more blocks than these only make the program larger.
-const BLOCKS: RangeInclusive<usize> = 2..=16;
+const BLOCKS: [usize; 2] = [2, 16];
 
 /// What is differentiated, and the cross-entropy alone, which is not.
 #[track_caller]
@@ -23,7 +21,7 @@ pub(super) fn means(whole: &Whole, options: &LossOptions, cfg: &ModelConfig) -> 
     let forward = |args: &[Tensor]| {
         let [hidden, head, ids, share] = args else { return Default::default() };
         let n = hidden.dim(0);
-        let rows = n.div_ceil((n * cfg.vocab_size).div_ceil(LOGITS).clamp(*BLOCKS.start(), *BLOCKS.end())).max(1);
+        let rows = n.div_ceil((n * cfg.vocab_size).div_ceil(LOGITS).clamp(BLOCKS[0], BLOCKS[1])).max(1);
         let (mut sums, mut by_hidden) = (Vec::new(), Vec::new());
         for start in (0..n.max(1)).step_by(rows) {
             let own = |x: &Tensor| x.narrow(0, start, rows.min(n - start));
